@@ -1,0 +1,69 @@
+# `make` lists the targets. Everything is installed into .venv (make test-min: .venv-min) from pinned requirements.
+
+PYTHON ?= python3
+# Without an accelerator, a CPU build of torch saves gigabytes: give pip its index, e.g. make demo PIP_FLAGS="--index-url ..."
+PIP_FLAGS ?=
+# Data of the training stages: a folder or Hub id with `image` and `captions` columns.
+DATASET ?= ../shared/data/flickr8k
+VISION ?= ../shared/weights/efficientnet-lite2
+TEXT ?= ../shared/weights/all-minilm-l6-v2
+RUN = .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-min check report train evaluate bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet $(PIP_FLAGS) -r requirements.txt
+	.venv/bin/pip install --quiet --no-deps $(PIP_FLAGS) -e .
+	touch $@
+
+.venv-min/installed: requirements-min.txt pyproject.toml
+	$(PYTHON) -m venv .venv-min
+	.venv-min/bin/pip install --quiet $(PIP_FLAGS) -r requirements-min.txt
+	.venv-min/bin/pip install --quiet --no-deps $(PIP_FLAGS) -e .
+	touch $@
+
+demo: .venv/installed  ## install, then caption the photographs in examples/: table, demo.html, demo.png
+	$(RUN) examples/demo.py
+
+test: .venv/installed  ## the tests (no network, nothing outside the repo)
+	$(RUN) -m pytest -q
+
+test-slow: .venv/installed  ## the checks that take minutes
+	$(RUN) -m pytest -q -m slow
+
+test-min: .venv-min/installed  ## the model's tests on transformers 4.57, in an environment of its own
+	.venv-min/bin/python -m pytest -q tests/test_rbm.py tests/test_configuration.py tests/test_modeling.py \
+		tests/test_decoding.py tests/test_processing.py tests/test_pipeline.py tests/test_hub.py tests/test_cli.py \
+		tests/test_checkpoint.py
+
+check: .venv/installed  ## ruff: lint and format
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+report: .venv/installed  ## renew what is derived: tables in README.md and model_card.md, the embedded model's code
+	$(RUN) -m training.report
+
+train: .venv/installed  ## make the embedded model again, in runs/blip-rbm-small, from DATASET, VISION and TEXT (about 2 hours on 2 cores)
+	$(RUN) -m training.build_captioner --vision $(VISION) --text $(TEXT) --output_dir runs/untrained
+	$(RUN) -m training.train_captioner training/recipes/captioner-small.yaml --model runs/untrained \
+		--dataset $(DATASET) --output_dir runs/captioner
+	.venv/bin/accelerate launch --cpu --num_processes 1 -m training.train_rbm training/recipes/rbm-small.yaml \
+		--model runs/captioner/best --dataset $(DATASET) --output_dir runs/rbm
+	$(RUN) -m training.tune_decoding training/recipes/decoding-small.yaml --model runs/rbm/best \
+		--dataset $(DATASET) --output_dir runs/blip-rbm-small
+	cp runs/captioner/captioner.json runs/rbm/rbm.json runs/blip-rbm-small/
+
+evaluate: .venv/installed  ## measure checkpoints/blip-rbm-small on DATASET's validation split
+	$(RUN) -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset $(DATASET) \
+		--output checkpoints/blip-rbm-small/results.json
+
+bench: .venv/installed  ## what the orders of the guide's word gains cost, and how far they are from exact
+	$(RUN) -m benchmarks.guidance
+
+clean:  ## remove the environments and what demo wrote
+	rm -rf .venv .venv-min demo.html demo.png

@@ -1,0 +1,31 @@
+"""BLIP with a restricted Boltzmann machine between its vision encoder and its text decoder."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_blip_rbm import BlipRBMConfig
+from .modeling_blip_rbm import BlipRBMForConditionalGeneration
+from .pipeline_blip_rbm import BlipRBMImageToTextPipeline
+from .processing_blip_rbm import BlipRBMProcessor, load_image
+from .rbm import JointRBM, RBMParameters, contrastive_divergence, energy, free_energy, gibbs
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("blip_rbm", BlipRBMConfig, exist_ok=True)
+AutoModel.register(BlipRBMConfig, BlipRBMForConditionalGeneration, exist_ok=True)
+AutoModelForImageTextToText.register(BlipRBMConfig, BlipRBMForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(BlipRBMConfig, BlipRBMProcessor, exist_ok=True)
+
+__all__ = [
+    "BlipRBMConfig",
+    "BlipRBMForConditionalGeneration",
+    "BlipRBMImageToTextPipeline",
+    "BlipRBMProcessor",
+    "JointRBM",
+    "RBMParameters",
+    "contrastive_divergence",
+    "energy",
+    "free_energy",
+    "gibbs",
+    "load_image",
+]

@@ -1,0 +1,93 @@
+"""The embedded model as it lies in git."""
+
+import json
+
+import pytest
+import torch
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipVisionConfig
+
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from tests.conftest import CHECKPOINT, REPO
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    model = BlipRBMForConditionalGeneration.from_pretrained(CHECKPOINT).eval()
+    return model, BlipRBMProcessor.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    return sorted((REPO / "examples").glob("*.jpg"))[:4]
+
+
+def test_size_and_precision(embedded):
+    model, _ = embedded
+    assert 30e6 < sum(p.numel() for p in model.parameters()) < 40e6
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    shards = list(CHECKPOINT.glob("*.safetensors"))
+    assert shards and all(shard.stat().st_size < 45e6 for shard in shards)
+    assert sum(shard.stat().st_size for shard in shards) < 75e6  # fp16
+
+
+def test_it_carries_the_whole_package():
+    package = {file.name for file in (REPO / "modeling_blip_rbm").glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert package <= {file.name for file in CHECKPOINT.glob("*.py")}  # the same text: test_docs.py
+
+
+def test_captions_are_sentences_about_the_images(embedded, photographs):
+    model, processor = embedded
+    captions = processor.captions(model.generate(**processor(images=photographs)))
+    assert len(set(captions)) > 1 and all(3 <= len(caption.split()) <= 20 for caption in captions)
+
+
+class FromEmbeds(torch.nn.Module):
+    """A BLIP tower that gives the image_embeds it was made with."""
+
+    def __init__(self, embeds):
+        super().__init__()
+        self.embeds = embeds
+
+    def forward(self, pixel_values=None, **kwargs):
+        return (self.embeds,)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}])
+@pytest.mark.parametrize("prompt", [None, "a photo of"])
+def test_rbm_off_is_blip_token_for_token(embedded, photographs, settings, prompt):
+    """Stock BLIP with the embedded decoder, on what our projector makes of the images."""
+    model, processor = embedded
+    inputs = processor(images=photographs)
+    config = BlipConfig(
+        text_config=model.config.text_config.to_dict(),
+        vision_config=BlipVisionConfig(
+            hidden_size=384, num_hidden_layers=1, num_attention_heads=2, intermediate_size=11, image_size=32
+        ).to_dict(),
+    )
+    blip = BlipForConditionalGeneration(config).eval()
+    blip.text_decoder.load_state_dict(model.text_decoder.state_dict())
+    blip.vision_model = FromEmbeds(model.encode_image(**inputs).image_embeds)
+    text = {}
+    if prompt:
+        row = processor(text=prompt)["input_ids"]  # with [SEP], which stock BLIP cuts off
+        text = {"input_ids": row.repeat(len(photographs), 1), "attention_mask": torch.ones(len(photographs), row.shape[1])}
+    settings = {"max_new_tokens": 20, "num_beams": 1, **settings}
+    expected = blip.generate(inputs["pixel_values"], **{k: v.clone().long() for k, v in text.items()}, **settings)
+    ours = model.generate(**inputs, **{k: v.long() for k, v in text.items()}, rbm=False, **settings)
+    assert processor.captions(ours) == processor.captions(expected)
+
+
+def test_results_reach_the_floors():
+    results = json.loads((CHECKPOINT / "results.json").read_text())
+    blip, ours = results["systems"]["BLIP"], results["systems"]["BLIP-RBM"]
+    assert results["images"] == 1000 and results["settings"]["num_beams"] == 3
+    assert blip["CIDEr-D"] >= 50 and blip["BLEU-4"] >= 19 and blip["vocabulary"] >= 450
+    assert ours["CIDEr-D"] > blip["CIDEr-D"] and results["difference"]["CIDEr-D"]["low"] > 0
+    assert {"captioner.json", "rbm.json", "tuning.json"} <= {file.name for file in CHECKPOINT.iterdir()}
+
+
+def test_results_are_of_these_weights(embedded, photographs):
+    """The config that was measured is the config that ships."""
+    model, _ = embedded
+    measured = json.loads((CHECKPOINT / "results.json").read_text())["rbm"]
+    assert {name: getattr(model.config, name) for name in measured} == measured

@@ -1,0 +1,79 @@
+"""Guide and re-rank against their plain definitions."""
+
+import itertools
+
+import pytest
+import torch
+
+from modeling_blip_rbm.decoding_blip_rbm import RBMGuidance, consensus, rerank_scores, word_columns, words_said
+from modeling_blip_rbm.rbm import RBMParameters, free_energy, hidden_input
+from tests.conftest import WORD_IDS
+
+
+V, K, H, VOCAB = 3, len(WORD_IDS), 7, 47
+
+
+@pytest.fixture
+def params():
+    return RBMParameters(c=torch.randn(H), U=torch.randn(K, H), b=torch.randn(K), W=torch.randn(V, H), mu=torch.randn(V))
+
+
+def test_words_said():
+    sequences = torch.tensor([[44, WORD_IDS[2], 5, WORD_IDS[0], WORD_IDS[2]], [44, 5, 6, 3, 0]])
+    said = words_said(sequences, word_columns(WORD_IDS, VOCAB), K)
+    assert said.nonzero().tolist() == [[0, 0], [0, 2]] and said.max() == 1
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_guidance_is_the_brute_force_free_energy_difference(params, beams):
+    """For every word of the vocabulary: F without it minus F with it, for this image minus for the average image."""
+    x, beta, clip = torch.randn(2, V), 0.7, 1.0
+    rows = torch.tensor([[44, 5, WORD_IDS[i % K], 6, WORD_IDS[(3 * i) % K]] for i in range(2 * beams)])
+    scores = torch.randn(2 * beams, VOCAB).log_softmax(-1)
+    guidance = RBMGuidance(params, hidden_input(params, x), WORD_IDS, VOCAB, beta, clip, order="exact")
+    expected = scores.clone()
+    clipped = False
+    for row, k in itertools.product(range(2 * beams), range(K)):
+        w = torch.zeros(1, K)
+        w[0, [j for j, token in enumerate(WORD_IDS) if token in rows[row]]] = 1.0
+        if w[0, k]:
+            continue  # said already: no gain
+        more = w.clone()
+        more[0, k] = 1.0
+        image, average = x[row // beams][None], torch.zeros(1, V)
+        gain = (free_energy(params, image, w) - free_energy(params, image, more)) - (
+            free_energy(params, average, w) - free_energy(params, average, more)
+        )
+        clipped |= gain.abs().item() > clip
+        expected[row, WORD_IDS[k]] += beta * gain.clamp(-clip, clip).item()
+    before = scores.clone()
+    torch.testing.assert_close(guidance(rows, scores), expected.log_softmax(-1), atol=1e-5, rtol=1e-5)
+    assert torch.equal(scores, before) and clipped
+
+
+def test_said_words_change_the_gains_of_others(params):
+    guidance = RBMGuidance(params, hidden_input(params, torch.randn(1, V)), WORD_IDS, VOCAB, 1.0)
+    none, dog = guidance.gains(torch.tensor([[44, 5]])), guidance.gains(torch.tensor([[44, WORD_IDS[0]]]))
+    assert dog[0, 0] == 0 and (none[0, 1:] != dog[0, 1:]).all()
+
+
+def test_no_guidance_for_the_average_image(params):
+    guidance = RBMGuidance(params, params.c[None], WORD_IDS, VOCAB, 1.0)
+    scores = torch.randn(1, VOCAB).log_softmax(-1)
+    torch.testing.assert_close(guidance(torch.tensor([[44, 5]]), scores), scores)
+
+
+def test_consensus_is_the_mean_jaccard_similarity():
+    sequences = torch.tensor([[[44, 5, 7, 9, 3, 0], [44, 5, 7, 11, 3, 3], [44, 6, 13, 3, 0, 0]]])
+    sets = [{44, 5, 7, 9}, {44, 5, 7, 11}, {44, 6, 13}]
+    expected = [
+        sum(len(a & b) / len(a | b) for j, b in enumerate(sets) if j != i) / 2 for i, a in enumerate(sets)
+    ]
+    torch.testing.assert_close(consensus(sequences, ignored=(0, 3))[0], torch.tensor(expected))
+    assert consensus(sequences[:, :1], ignored=(0,)).tolist() == [[0.0]]
+
+
+def test_rerank_scores():
+    log_prob, length, pmi, agreement = (torch.tensor([[v]]) for v in (-6.0, 4.0, 2.0, 0.5))
+    score = rerank_scores(log_prob, length, pmi, agreement, length_penalty=0.5, l_pmi=0.1, l_consensus=3.0)
+    assert score.item() == pytest.approx(-6 / 2 + 0.1 * 2 + 3 * 0.5)

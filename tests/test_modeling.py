@@ -1,0 +1,430 @@
+"""BLIP-RBM against BLIP, against itself, and against the faults of BLIP in docs/blip-faults.md."""
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, BlipForConditionalGeneration, CLIPVisionConfig, Dinov2Config, EfficientNetConfig
+from transformers import BlipVisionConfig
+
+from modeling_blip_rbm import BlipRBMForConditionalGeneration
+from modeling_blip_rbm.modeling_blip_rbm import pool_tokens, vision_tokens
+from tests.conftest import RBM_SETTINGS, TEXT_CONFIG, VOCABULARY, randomise, tiny_config
+
+
+DEC, SEP, PAD = VOCABULARY.index("[DEC]"), VOCABULARY.index("[SEP]"), 0
+DECODING = {
+    "greedy": {},
+    "3 beams": {"num_beams": 3},
+    "length penalty": {"num_beams": 3, "length_penalty": 2.0, "min_length": 5},
+    "repetition penalty": {"repetition_penalty": 1.7, "max_new_tokens": 9},
+    "3 of 5 beams": {"num_beams": 5, "num_return_sequences": 3},
+}
+
+
+def captions_of(sequences):
+    """Token lists up to the first [SEP]: what follows is filled up, with [PAD] or [SEP] as transformers pleases."""
+    rows = sequences.tolist()
+    return [row[: row.index(SEP)] if SEP in row else row for row in rows]
+
+
+def assert_same_tokens(ours, theirs):
+    assert captions_of(ours) == captions_of(theirs)
+
+
+# ---------------------------------------------------------------- converted BLIP = BLIP
+
+
+@pytest.mark.parametrize("decoding", DECODING)
+def test_converted_blip_gives_blips_tokens(blip, model, pixel_values, decoding):
+    settings = DECODING[decoding]
+    expected = blip.generate(pixel_values, **settings)
+    assert len({tuple(row) for row in expected.tolist()}) > 1  # or the comparison would say little
+    assert_same_tokens(model.generate(pixel_values, **settings), expected)
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "3 beams"])
+def test_converted_blip_gives_blips_tokens_after_a_prompt(blip, model, pixel_values, decoding):
+    prompt = torch.tensor([[VOCABULARY.index(w) for w in ("[CLS]", "a", "picture", "of", "[SEP]")]]).repeat(5, 1)
+    expected = blip.generate(pixel_values, input_ids=prompt.clone(), attention_mask=torch.ones_like(prompt), **DECODING[decoding])
+    assert_same_tokens(model.generate(pixel_values, input_ids=prompt, **DECODING[decoding]), expected)
+
+
+def test_converted_blip_gives_blips_logits(blip, model, pixel_values):
+    ids = torch.randint(5, 40, (5, 11))
+    torch.testing.assert_close(model(pixel_values, ids).logits, blip(pixel_values, ids).logits)
+
+
+def test_from_blip_reads_a_folder(blip, pixel_values, tmp_path):
+    blip.save_pretrained(tmp_path)
+    model = BlipRBMForConditionalGeneration.from_blip(tmp_path, **RBM_SETTINGS)
+    assert_same_tokens(model.generate(pixel_values), blip.generate(pixel_values))
+    assert model.config.model_type == "blip_rbm" and model.config.rbm_word_ids == RBM_SETTINGS["rbm_word_ids"]
+
+
+def test_interpolated_positions(blip, model):
+    large = torch.randn(2, 3, 40, 40)
+    expected = blip.generate(large, interpolate_pos_encoding=True)
+    assert_same_tokens(model.generate(large, interpolate_pos_encoding=True), expected)
+
+
+# ---------------------------------------------------------------- any vision tower
+
+TOWERS = {
+    "blip": BlipVisionConfig(hidden_size=22, intermediate_size=29, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8),
+    "efficientnet": EfficientNetConfig(
+        image_size=65, width_coefficient=0.3, depth_coefficient=0.2, hidden_dim=384, depthwise_padding=[]
+    ),
+    "dinov2": Dinov2Config(hidden_size=22, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7),
+    "clip": CLIPVisionConfig(hidden_size=22, intermediate_size=29, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8),
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_any_vision_tower(tower, tmp_path):
+    config = tiny_config(vision_config=TOWERS[tower].to_dict())
+    model = randomise(BlipRBMForConditionalGeneration(config), std=0.05)
+    size = config.vision_config.image_size
+    pixel_values = torch.randn(3, 3, size, size)
+    tokens = vision_tokens(model.vision_model(pixel_values))
+    assert tokens.dim() == 3
+    if tower == "efficientnet":  # a feature map, row by row
+        feature_map = model.vision_model(pixel_values).last_hidden_state
+        torch.testing.assert_close(tokens[:, 1], feature_map[:, :, 0, 1])
+    assert (model.projector is None) == (tower == "blip")
+    model.config.rbm_guidance = 0.5
+    captions = model.generate(pixel_values, num_beams=3)
+    cached = model.generate(vision_hidden_states=tokens, num_beams=3)
+    assert torch.equal(captions, cached)
+    model.save_pretrained(tmp_path)
+    again = BlipRBMForConditionalGeneration.from_pretrained(tmp_path)
+    assert type(again.vision_model) is type(model.vision_model)
+    assert again.config.num_image_tokens == model.config.num_image_tokens
+    assert torch.equal(again.generate(pixel_values, num_beams=3), captions)
+
+
+def test_pooling():
+    tokens = torch.randn(5, 7, 11)
+    torch.testing.assert_close(pool_tokens(tokens, "mean"), tokens.mean(1))
+    pooled = pool_tokens(tokens, "cls_mean")
+    torch.testing.assert_close(pooled[:, :11], tokens[:, 0])
+    torch.testing.assert_close(pooled[:, 11:], tokens[:, 1:].mean(1))
+
+
+def test_rbm_that_does_not_fit_the_encoder():
+    with pytest.raises(ValueError, match="rbm_visible_size is 13, but tokens of width 22.*give 44 units"):
+        tiny_config(rbm_visible_size=13)
+    with pytest.raises(ValueError, match="rbm_visible_size is 13, but tokens of width 384 .* efficientnet"):
+        BlipRBMForConditionalGeneration(tiny_config(vision_config=TOWERS["efficientnet"], rbm_visible_size=13))
+
+
+def test_wrong_image_size_for_the_projector():
+    model = BlipRBMForConditionalGeneration(tiny_config(vision_config=TOWERS["efficientnet"])).eval()
+    with pytest.raises(ValueError, match="gave 9 tokens an image, but the model was built for 4"):
+        model.generate(torch.randn(1, 3, 97, 97))
+
+
+# ---------------------------------------------------------------- loss
+
+
+def caption_batch():
+    ids = torch.tensor(
+        [[DEC, 5, 13, 20, SEP, PAD, PAD], [DEC, 5, 14, 21, 8, 22, SEP], [DEC, 6, 15, SEP, PAD, PAD, PAD]]
+    )
+    return ids, (ids != PAD).long()
+
+
+def test_pads_do_not_count(model, pixel_values):
+    ids, mask = caption_batch()
+    pixel_values = pixel_values[:3]
+    longer = torch.nn.functional.pad(ids, (0, 4))
+    loss = model(pixel_values, ids, mask, labels=ids).loss
+    more_pads = model(pixel_values, longer, (longer != PAD).long(), labels=longer).loss
+    torch.testing.assert_close(loss, more_pads)
+    by_hand = []
+    for i in range(3):
+        row = ids[i, mask[i].bool()][None]
+        logits = model(pixel_values[i : i + 1], row).logits
+        by_hand.append(torch.nn.functional.cross_entropy(logits[0, :-1], row[0, 1:], reduction="none"))
+    torch.testing.assert_close(loss, torch.cat(by_hand).mean())
+
+
+def test_labels_alone(model, pixel_values):
+    ids, mask = caption_batch()
+    expected = model(pixel_values[:3], ids, mask, labels=ids).loss
+    torch.testing.assert_close(model(pixel_values[:3], labels=ids.masked_fill(ids == PAD, -100)).loss, expected)
+    torch.testing.assert_close(model(pixel_values[:3], labels=ids).loss, expected)
+    with pytest.raises(ValueError, match="pass input_ids as well"):
+        model(pixel_values[:3], labels=ids.index_fill(1, torch.tensor([2]), -100))
+
+
+def test_masked_prompt_does_not_count(model, pixel_values):
+    ids = torch.tensor([[DEC, 5, 13, 20, SEP]])
+    labels = ids.masked_fill(torch.arange(5) < 3, -100)
+    logits = model(pixel_values[:1], ids).logits
+    expected = torch.nn.functional.cross_entropy(logits[0, 2:-1], ids[0, 3:])
+    torch.testing.assert_close(model(pixel_values[:1], ids, labels=labels).loss, expected)
+
+
+def test_label_smoothing_of_the_config(model, pixel_values):
+    ids, mask = caption_batch()
+    plain = model(pixel_values[:3], ids, mask, labels=ids)
+    model.config.text_config.label_smoothing = 0.1
+    counted = mask[:, 1:].bool()
+    uniform = -plain.logits[:, :-1].log_softmax(-1).mean(-1)[counted].mean()
+    smoothed = model(pixel_values[:3], ids, mask, labels=ids).loss
+    torch.testing.assert_close(smoothed, 0.9 * plain.loss + 0.1 * uniform)
+
+
+def test_inputs_are_not_changed(model, pixel_values):
+    ids, mask = caption_batch()
+    ids[:, 0] = VOCABULARY.index("[CLS]")
+    inputs = {"pixel_values": pixel_values[:3], "input_ids": ids, "attention_mask": mask}
+    before = {name: value.clone() for name, value in inputs.items()}
+    model.generate(**inputs, num_beams=3, rbm_guidance=0.3, rbm_rerank=True)
+    model(**inputs, labels=inputs["input_ids"])
+    model(inputs["pixel_values"], labels=inputs["input_ids"])
+    for name, value in before.items():
+        assert torch.equal(inputs[name], value), name
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model, pixel_values):
+    ids, mask = caption_batch()
+    gradients = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        model.train()  # no dropout in this config
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(pixel_values[:3], ids, mask, labels=ids).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) > 50 and gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+# ---------------------------------------------------------------- generate
+
+
+def test_prompts_of_different_lengths(model, pixel_values, processor):
+    prompts = ["a dog", "a picture of the red ball on", "the"]
+    batch = processor(images=None, text=prompts, as_prompt=True)
+    for settings in ({}, {"num_beams": 3}, {"rbm_guidance": 0.5, "num_beams": 3}):
+        together = model.generate(pixel_values[:3], **batch, max_new_tokens=7, **settings)
+        for i, prompt in enumerate(prompts):
+            alone = model.generate(
+                pixel_values[i : i + 1], **processor(text=prompt, as_prompt=True), max_new_tokens=7, **settings
+            )
+            assert processor.captions(together[i : i + 1]) == processor.captions(alone)
+
+
+def test_prompts_padded_on_either_side_with_sep(model, pixel_values):
+    left = torch.tensor([[PAD, PAD, DEC, 5, 13], [DEC, 6, 14, 20, 8]])
+    right = torch.tensor([[DEC, 5, 13, SEP, PAD, PAD], [DEC, 6, 14, 20, 8, SEP]])
+    assert torch.equal(model.generate(pixel_values[:2], left), model.generate(pixel_values[:2], right))
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 3, "rbm_guidance": 0.4}, {"rbm_rerank": True}])
+def test_batch_is_alone(model, pixel_values, settings):
+    model.config.rbm_rerank_consensus = model.config.rbm_rerank_pmi = 0.3
+    together = model.generate(pixel_values, **settings)
+    for i in range(len(pixel_values)):
+        assert_same_tokens(model.generate(pixel_values[i : i + 1], **settings), together[i : i + 1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}])
+def test_cached_is_uncached(model, pixel_values, settings):
+    fast = model.generate(pixel_values, rbm_guidance=0.4, use_cache=True, **settings)
+    assert torch.equal(fast, model.generate(pixel_values, rbm_guidance=0.4, use_cache=False, **settings))
+
+
+def test_generation_config_is_honoured(model, pixel_values):
+    model.generation_config.max_new_tokens = 3
+    assert model.generate(pixel_values).shape[1] <= 4
+
+
+def test_end_and_pad_tokens_may_be_given(model, pixel_values):
+    plain = model.generate(pixel_values)
+    end = plain[0, 2].item()
+    out = model.generate(pixel_values, eos_token_id=end, pad_token_id=1)
+    ended = out[0].tolist().index(end)
+    assert ended <= 2 and (out[0, ended + 1 :] == 1).all()
+
+
+def test_image_tokens_may_be_masked(model, pixel_values):
+    tokens = vision_tokens(model.vision_model(pixel_values))
+    mask = torch.ones(tokens.shape[:2], dtype=torch.long)
+    assert torch.equal(model.generate(pixel_values, encoder_attention_mask=mask), model.generate(pixel_values))
+    mask[:, 3:] = 0
+    ids = torch.full((5, 1), DEC)
+    masked = model(pixel_values, ids, encoder_attention_mask=mask).logits
+    cut = model(image_embeds=tokens[:, :3], input_ids=ids).logits
+    torch.testing.assert_close(masked, cut, atol=1e-4, rtol=1e-4)
+
+
+def test_cross_attentions_on_request(model, pixel_values):
+    out = model(pixel_values, torch.randint(5, 40, (5, 11)), output_attentions=True)
+    assert len(out.cross_attentions) == 3 and out.cross_attentions[0].shape == (5, 4, 11, 10)
+
+
+def test_prompt_longer_than_the_context(model, pixel_values):
+    with pytest.raises(ValueError, match="the prompt has 40 tokens, but the decoder's context has 31"):
+        model.generate(pixel_values[:1], torch.full((1, 40), 5))
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}])
+def test_captions_end_where_the_context_does(model, pixel_values, settings):
+    assert model.generate(pixel_values, max_new_tokens=256, **settings).shape[1] <= 31
+
+
+def test_image_is_encoded_once(model, pixel_values):
+    calls = []
+    model.vision_model.register_forward_hook(lambda *args: calls.append(1))
+    model.generate(pixel_values, num_beams=3, rbm_rerank=True, rbm_guidance=0.2)
+    assert len(calls) == 1
+
+
+def test_refine_changes_captions_only_when_its_gate_opens(model, pixel_values):
+    plain = model.generate(pixel_values, rbm=False)
+    assert torch.equal(model.generate(pixel_values), plain)
+    with torch.no_grad():
+        model.rbm_layer.gate.fill_(2.0)
+        model.rbm_layer.shift.weight.normal_()
+    assert not torch.equal(model.generate(pixel_values), plain)
+    assert torch.equal(model.generate(pixel_values, rbm=False), plain)
+
+
+def test_gate_and_shift_learn(model, pixel_values):
+    ids, mask = caption_batch()
+    model(pixel_values[:3], ids, mask, labels=ids).loss.backward()
+    assert model.rbm_layer.gate.grad.abs().item() > 0
+
+
+def test_scores_are_log_probabilities(model, pixel_values):
+    encoding = model.encode_image(pixel_values)
+    out = model.generate(
+        pixel_values, num_beams=3, num_return_sequences=2, length_penalty=0.0, output_scores=True, return_dict_in_generate=True
+    )
+    log_prob, length = model.score_captions(encoding, out.sequences)
+    torch.testing.assert_close(log_prob, out.sequences_scores, atol=1e-4, rtol=1e-4)
+    assert length.tolist() == [min(len(row), out.sequences.shape[1] - 1) for row in captions_of(out.sequences)]
+
+
+def test_rerank_returns_the_best_candidates_in_order(model, pixel_values):
+    model.config.rbm_rerank_candidates = 7
+    model.config.rbm_rerank_pmi, model.config.rbm_rerank_consensus = 0.7, 2.0
+    encoding = model.encode_image(pixel_values)
+    candidates = model.generate(pixel_values, num_beams=7, num_return_sequences=7)
+    scores = model.candidate_scores(encoding, candidates)
+    out = model.generate(
+        pixel_values, rbm_rerank=True, num_return_sequences=2, return_dict_in_generate=True, output_scores=True
+    )
+    best = scores.topk(2, dim=1)
+    torch.testing.assert_close(out.rerank_scores, best.values.flatten())
+    rows = (best.indices + 7 * torch.arange(5)[:, None]).flatten()
+    assert_same_tokens(out.sequences, candidates[rows])
+    assert len(out.sequences_scores) == len(out.sequences)
+    assert not torch.equal(best.indices[:, 0], torch.zeros(5, dtype=torch.long))  # it did choose otherwise somewhere
+
+
+def test_rerank_of_samples(model, pixel_values):
+    torch.manual_seed(1)
+    out = model.generate(pixel_values, rbm_rerank=True, do_sample=True, num_return_sequences=3)
+    assert out.shape[0] == 15
+
+
+def test_rbm_without_words(blip, pixel_values):
+    model = BlipRBMForConditionalGeneration.from_blip(blip)
+    assert torch.equal(model.generate(pixel_values), blip.generate(pixel_values))
+    with pytest.raises(ValueError, match="rbm_word_ids is empty"):
+        model.generate(pixel_values, rbm_guidance=0.1)
+
+
+def test_image_words_and_free_energy(model, pixel_values):
+    encoding = model.encode_image(pixel_values)
+    prob, ids = model.image_words(encoding.hidden_input, top_k=4)
+    assert prob.shape == ids.shape == (5, 4) and (prob.diff(dim=1) <= 0).all()
+    assert set(ids.flatten().tolist()) <= set(RBM_SETTINGS["rbm_word_ids"])
+    p = model.rbm_layer.rbm.parameters_fp32
+    rbm, column = model.rbm_layer.rbm, RBM_SETTINGS["rbm_word_ids"].index(ids[0, 0].item())
+    x = rbm.standardise(pool_tokens(vision_tokens(model.vision_model(pixel_values)), "cls_mean"))
+    word, none = torch.zeros(5, 11), torch.zeros(5, 11)
+    word[:, column] = 1.0
+    exact = torch.sigmoid(rbm.free_energy(x, none) - rbm.free_energy(x, word))
+    torch.testing.assert_close(prob[0, 0], exact[0], atol=1e-4, rtol=1e-4)
+    assert p.U is not None
+    torch.testing.assert_close(model.image_free_energy(pixel_values), rbm.free_energy(x))
+
+
+# ---------------------------------------------------------------- weights on disk
+
+
+def test_save_and_load(model, pixel_values, tmp_path):
+    with torch.no_grad():
+        model.rbm_layer.gate.fill_(0.3)
+        model.rbm_layer.rbm.image_mean.normal_()
+        model.rbm_layer.rbm.image_std.uniform_(0.5, 2.0)
+    ids = torch.randint(5, 40, (5, 11))
+    model.save_pretrained(tmp_path)
+    again = BlipRBMForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(pixel_values, ids).logits, model(pixel_values, ids).logits, rtol=0, atol=0)
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_checkpoint_without_rbm_weights_is_named_and_is_the_identity(blip, pixel_values, tmp_path, caplog):
+    blip.save_pretrained(tmp_path)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        model = BlipRBMForConditionalGeneration.from_pretrained(tmp_path)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "has no RBM weights (rbm_layer.gate" in caplog.text and "identity" in caplog.text
+    for name, tensor in model.rbm_layer.state_dict().items():
+        assert torch.isfinite(tensor).all() and tensor.abs().max() < 2, name
+    assert model.rbm_layer.gate.item() == 0 and (model.rbm_layer.rbm.image_std == 1).all()
+    assert_same_tokens(model.generate(pixel_values), blip.generate(pixel_values))
+
+
+def test_nan_weights_are_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["rbm_layer.rbm.word_weight"][2, 3] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="NaN or infinite values in rbm_layer.rbm.word_weight"):
+        BlipRBMForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_every_rbm_parameter_is_initialised():
+    model = BlipRBMForConditionalGeneration(tiny_config())
+    rbm = model.rbm_layer.rbm
+    assert 0.005 < rbm.image_weight.std() < 0.02 and rbm.word_weight.std() > 0.005
+    for name in ("hidden_bias", "word_bias", "image_bias", "image_log_var", "image_mean"):
+        assert (getattr(rbm, name) == 0).all()
+    assert (rbm.image_std == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_rbm_in_fp32(model, pixel_values, tmp_path, dtype):
+    model.save_pretrained(tmp_path)
+    half = BlipRBMForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    assert half.text_decoder.dtype == dtype
+    encoding = half.encode_image(pixel_values)
+    assert encoding.image_embeds.dtype == dtype and encoding.hidden_input.dtype == torch.float32
+    half.generate(pixel_values, num_beams=3, rbm_guidance=0.3, rbm_rerank=True)
+
+
+def test_a_model_that_is_no_captioner_is_refused(blip):
+    blip.extra = torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match="without a counterpart: extra"):
+        BlipRBMForConditionalGeneration.from_blip(blip)
+
+
+def test_stock_blip_still_loads_from_its_own_config(blip, tmp_path):
+    blip.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "blip"
+    assert isinstance(BlipForConditionalGeneration.from_pretrained(tmp_path), BlipForConditionalGeneration)
+    assert TEXT_CONFIG["vocab_size"] == len(VOCABULARY)

@@ -1,0 +1,109 @@
+"""Stage 0: one BLIP out of two unimodal models, in the spirit of SAIL (arXiv 2412.04616).
+
+    python -m training.build_captioner --vision google/efficientnet-b2 --text sentence-transformers/all-MiniLM-L6-v2 \
+        --output_dir runs/untrained
+
+The vision encoder becomes the tower, the BERT-type text encoder BLIP's decoder: its token-type row 0 is folded into the
+positions, cross-attention starts as a copy of self-attention, and two tokens are added, [DEC] and [ENC].
+"""
+
+import argparse
+
+import torch
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
+from training.checkpoints import save_captioner
+
+
+NEW_TOKENS = {"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]}  # in BLIP's order: ids 30522 and 30523
+
+
+def build_tokenizer(text: str):
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+    tokenizer.add_special_tokens(NEW_TOKENS)
+    return tokenizer
+
+
+def build_captioner(vision: str, text: str, dropout: float = 0.1, max_position_embeddings: int = 512):
+    """An untrained captioner: (model, processor).
+
+    Args:
+        vision: folder or Hub id of any vision model that transformers' AutoModel loads.
+        text: folder or Hub id of a BERT-type encoder with its tokenizer.
+
+    Raises:
+        ValueError: if the text model is not of BERT's kind.
+    """
+    tower = AutoModel.from_pretrained(vision, dtype=torch.float32)
+    encoder = AutoModel.from_pretrained(text, dtype=torch.float32)
+    if encoder.config.model_type != "bert":
+        raise ValueError(
+            f"{text} is a {encoder.config.model_type!r} model, but BLIP's decoder is a BERT: choose a model of type "
+            "'bert', such as sentence-transformers/all-MiniLM-L6-v2 or bert-base-uncased"
+        )
+    tokenizer = build_tokenizer(text)
+    vision_config = getattr(tower.config, "vision_config", tower.config)  # CLIP and the like: their vision half
+    tower = getattr(tower, "vision_model", tower) if vision_config is not tower.config else tower
+    bert = encoder.config
+    config = BlipRBMConfig(
+        vision_config=vision_config,
+        text_config={
+            **{
+                name: getattr(bert, name)
+                for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            },
+            "hidden_act": bert.hidden_act,
+            "layer_norm_eps": bert.layer_norm_eps,
+            "max_position_embeddings": min(max_position_embeddings, bert.max_position_embeddings),
+            "encoder_hidden_size": bert.hidden_size,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "sep_token_id": tokenizer.sep_token_id,
+            "eos_token_id": tokenizer.sep_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "hidden_dropout_prob": dropout,
+            "attention_probs_dropout_prob": dropout,
+        },
+    )
+    model = BlipRBMForConditionalGeneration(config)
+    model.vision_model.load_state_dict(tower.state_dict())
+    _start_decoder_from_bert(model.text_decoder, encoder.state_dict())
+    processor = BlipRBMProcessor(AutoImageProcessor.from_pretrained(vision), tokenizer)
+    return model, processor
+
+
+@torch.no_grad()
+def _start_decoder_from_bert(decoder, bert: dict):
+    own = decoder.bert.state_dict()
+    words = bert["embeddings.word_embeddings.weight"]
+    own["embeddings.word_embeddings.weight"][: len(words)] = words
+    own["embeddings.word_embeddings.weight"][len(words) :] = words.mean(0)
+    positions = bert["embeddings.position_embeddings.weight"] + bert["embeddings.token_type_embeddings.weight"][0]
+    own["embeddings.position_embeddings.weight"].copy_(positions[: decoder.config.max_position_embeddings])
+    for name in list(own):
+        source = name.replace(".crossattention.", ".attention.")
+        if name.startswith(("encoder.", "embeddings.LayerNorm")):
+            own[name].copy_(bert[source])
+    decoder.bert.load_state_dict(own)
+    # The prediction head's transform, which sentence encoders lack, starts as the identity.
+    transform = decoder.cls.predictions.transform
+    transform.dense.weight.copy_(torch.eye(len(transform.dense.weight)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Build an untrained captioner from two unimodal models.")
+    parser.add_argument("--vision", required=True, help="folder or Hub id of a vision model")
+    parser.add_argument("--text", required=True, help="folder or Hub id of a BERT-type text encoder")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    model, processor = build_captioner(args.vision, args.text)
+    save_captioner(model, processor, args.output_dir)
+    print(f"{args.output_dir}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    main()

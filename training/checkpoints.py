@@ -1,0 +1,47 @@
+"""Captioners on disk: written whole or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write under a temporary name, then move: a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+def save_captioner(model, processor, output_dir: str | Path, half: bool = False, max_shard_size: str = "45MB") -> None:
+    """Model, processor, generation config and code in `output_dir`, as the Hub repo carries them.
+
+    Args:
+        half: store fp16 weights; they load as fp32 all the same.
+
+    Raises:
+        ValueError: if a weight is not finite, before anything is written.
+    """
+    output_dir = Path(output_dir)
+    state = {name: t.half() if half and t.is_floating_point() else t for name, t in model.state_dict().items()}
+    broken = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        raise ValueError(f"not saved: NaN or infinite values in {', '.join(broken[:5])} (fp16: {half})")
+    temporary = output_dir.with_name(output_dir.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    # Shards count 45 MB = 45,000,000 bytes
+    model.save_pretrained(temporary, state_dict=state, max_shard_size=max_shard_size)
+    processor.save_pretrained(temporary)
+    config = json.loads((temporary / "config.json").read_text())
+    config["dtype"] = "float32"
+    write_json(temporary / "config.json", config)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for old in output_dir.glob("*.safetensors*"):
+        old.unlink()
+    for file in temporary.iterdir():
+        os.replace(file, output_dir / file.name)
+    temporary.rmdir()

@@ -1,0 +1,83 @@
+"""Image-caption pairs: where they come from, how they are split, and the images as the vision tower sees them."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Image, load_dataset
+from PIL import ImageOps
+
+
+# How one cached training view differs from the plain image. View 0 is the plain image, view 1 its mirror image, and
+# every further view is a random crop of this share of the sides, mirrored in half of the cases.
+CROP_SIDES = (0.75, 0.95)
+
+
+def load_pairs(path: str, split: str, max_images: int | None = None) -> Dataset:
+    """Images with their reference captions.
+
+    Args:
+        path: a local folder (parquet, Arrow, imagefolder) or a Hub id: anything that `datasets.load_dataset` takes.
+        split: name of the split, or a slice such as "train[:100]".
+        max_images: keep the first so many.
+
+    Returns:
+        A dataset with the columns `image` (PIL when read), `captions` (list of str) and `image_id` (str).
+
+    Raises:
+        ValueError: if there is no image column, or no caption column among `captions`, `caption`, `text`.
+    """
+    dataset = load_dataset(str(path), split=split)
+    columns = dataset.column_names
+    caption_column = next((name for name in ("captions", "caption", "text") if name in columns), None)
+    if "image" not in columns or caption_column is None:
+        raise ValueError(
+            f"{path} ({split}) has the columns {columns}; needed: 'image' and one of 'captions', 'caption', 'text'. "
+            "Rename them with Dataset.rename_column."
+        )
+    if max_images is not None:
+        dataset = dataset.select(range(min(max_images, len(dataset))))
+    if caption_column != "captions" or isinstance(dataset[0]["captions"] if len(dataset) else [], str):
+        texts = dataset[caption_column]
+        dataset = dataset.remove_columns(caption_column).add_column(
+            "captions", [[text] if isinstance(text, str) else list(text) for text in texts]
+        )
+    if "image_id" not in columns:
+        dataset = dataset.add_column("image_id", [str(i) for i in range(len(dataset))])
+    return dataset.cast_column("image", Image())
+
+
+def split_held_back(dataset: Dataset, held_back: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers (train, held back): images of the *training* split on which everything is tuned.
+
+    An image is held back by the hash of its id, so that the same images are held back in every stage, in whatever
+    order or subset the data are read: nothing that one stage tunes on was trained on by another.
+    """
+    if not 0 <= held_back < len(dataset):
+        raise ValueError(f"held_back is {held_back}, but must be at least 0 and less than the {len(dataset)} images")
+    keys = [hashlib.sha256(f"{seed}:{image_id}".encode()).hexdigest() for image_id in dataset["image_id"]]
+    order = np.argsort(keys, kind="stable")
+    return np.sort(order[held_back:]), np.sort(order[:held_back])
+
+
+def image_view(image, view: int, seed: int):
+    """The image as training view number `view` (see `CROP_SIDES`). `seed` makes the random crop repeatable."""
+    if view == 0:
+        return image
+    if view == 1:
+        return ImageOps.mirror(image)
+    rng = np.random.default_rng([seed, view])
+    width, height = image.size
+    crop_width, crop_height = (max(1, round(side * rng.uniform(*CROP_SIDES))) for side in (width, height))
+    left, top = rng.integers(width - crop_width + 1), rng.integers(height - crop_height + 1)
+    image = image.crop((left, top, left + crop_width, top + crop_height))
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def images_fingerprint(dataset: Dataset) -> str:
+    """Hash of the encoded image bytes (and paths, where the bytes are on disk), in order."""
+    digest = hashlib.sha256()
+    for row in dataset.select_columns("image").cast_column("image", Image(decode=False)):
+        content = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""Caption a split with plain BLIP and with BLIP-RBM, measure both, and write one results file.
+
+    python -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset flickr8k \
+        --output checkpoints/blip-rbm-small/results.json
+
+README and the model card take their numbers from that file (`python -m training.report`).
+"""
+
+import platform
+import time
+from dataclasses import dataclass, field
+from typing import Optional, Sequence
+
+import accelerate
+import numpy as np
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from training.arguments import parse_arguments
+from training.checkpoints import write_json
+from training.data import load_pairs
+from training.features import cache_features
+from training.metrics import (
+    CiderD,
+    bleu_of_statistics,
+    bleu_statistics,
+    corpus_diversity,
+    paired_bootstrap,
+    rouge_l,
+    tokenize,
+)
+
+
+@dataclass
+class EvaluationArguments:
+    model: str = field(metadata={"help": "folder or Hub id of a BLIP-RBM"})
+    dataset: str = field(metadata={"help": "folder or Hub id with `image` and `captions` columns"})
+    output: str = field(metadata={"help": "results file, JSON"})
+    split: str = field(default="validation", metadata={"help": "split to evaluate on"})
+    train_split: Optional[str] = field(default="train", metadata={"help": "for novelty: captions seen in training"})
+    max_images: Optional[int] = field(default=None, metadata={"help": "use only the first so many images"})
+    num_beams: int = field(default=3, metadata={"help": "beams of both systems (re-rank may raise its own)"})
+    max_new_tokens: int = field(default=20, metadata={"help": "longest caption"})
+    batch_size: int = field(default=16, metadata={"help": "images at a time"})
+    cache_dir: str = field(default="runs/features", metadata={"help": "where outputs of the vision tower are kept"})
+
+
+@torch.no_grad()
+def caption_rows(model, processor, store, rows: Sequence[int], batch_size: int = 16, **generate_kwargs) -> list[str]:
+    """Captions of the images with these row numbers in a `FeatureStore`, in order; `generate_kwargs` as for `generate`."""
+    captions = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="caption", leave=False):
+        features = store.batch(rows[start : start + batch_size])
+        captions += processor.captions(model.generate(vision_hidden_states=features, **generate_kwargs))
+    return captions
+
+
+def per_image(captions: list[str], references: list[list[str]]) -> dict[str, np.ndarray]:
+    """Per image: cider (n,), rouge_l (n,), and BLEU's statistics (n, 10), which add up."""
+    tokens = [(tokenize(c), [tokenize(r) for r in rs]) for c, rs in zip(captions, references)]
+    return {
+        "cider": CiderD(references).scores(captions),
+        "rouge_l": np.array([rouge_l(c, rs) for c, rs in zip(captions, references)]),
+        "bleu": np.array([bleu_statistics(c, rs) for c, rs in tokens]),
+    }
+
+
+def summary(captions, scores, training_captions) -> dict[str, float]:
+    """The numbers of one system: metrics times 100, diversity as it is."""
+    bleu = 100 * bleu_of_statistics(scores["bleu"].sum(0))
+    return {
+        "CIDEr-D": 100 * scores["cider"].mean(),
+        **{f"BLEU-{n}": value for n, value in enumerate(bleu, start=1)},
+        "ROUGE-L": 100 * scores["rouge_l"].mean(),
+        **corpus_diversity(captions, training_captions),
+    }
+
+
+def differences(ours, baseline) -> dict[str, dict[str, float]]:
+    """BLIP-RBM minus BLIP with 95 % intervals, points of each metric."""
+    scaled = {
+        "CIDEr-D": paired_bootstrap(ours["cider"], baseline["cider"]),
+        "BLEU-4": paired_bootstrap(ours["bleu"], baseline["bleu"], lambda mean: bleu_of_statistics(mean)[..., 3]),
+        "ROUGE-L": paired_bootstrap(ours["rouge_l"], baseline["rouge_l"]),
+    }
+    return {
+        metric: {name: value if name == "p" else 100 * value for name, value in result.items()}
+        for metric, result in scaled.items()
+    }
+
+
+def main():
+    (args,) = parse_arguments(EvaluationArguments)
+    processor = BlipRBMProcessor.from_pretrained(args.model)
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    dataset = load_pairs(args.dataset, args.split, args.max_images)
+    references, image_ids = dataset["captions"][:], dataset["image_id"][:]
+    seen = load_pairs(args.dataset, args.train_split)["captions"] if args.train_split else []
+    training_captions = [caption for of_image in seen for caption in of_image] or None
+    store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
+
+    settings = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+    systems, scores, captions = {}, {}, {}
+    for name, rbm in (("BLIP", False), ("BLIP-RBM", True)):
+        start = time.time()
+        captions[name] = caption_rows(model, processor, store, range(len(dataset)), rbm=rbm, **settings)
+        seconds = time.time() - start
+        scores[name] = per_image(captions[name], references)
+        systems[name] = summary(captions[name], scores[name], training_captions) | {"seconds": seconds}
+        print(name, {key: round(float(value), 3) for key, value in systems[name].items()})
+    difference = differences(scores["BLIP-RBM"], scores["BLIP"])
+    print("difference", difference)
+    config = model.config
+    write_json(
+        args.output,
+        {
+            "images": len(dataset),
+            "references_per_image": len(references[0]),
+            "dataset": args.dataset.rstrip("/").split("/")[-1],
+            "split": args.split,
+            "settings": settings,
+            "rbm": {name: getattr(config, name) for name in vars(config) if name.startswith("rbm_") and name != "rbm_word_ids"},
+            "rbm_words": len(config.rbm_word_ids),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "systems": systems,
+            "difference": difference,
+            "versions": {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}
+            | {"python": platform.python_version(), "threads": torch.get_num_threads()},
+            "captions": [
+                {"image_id": i, **{name: captions[name][row] for name in captions}} for row, i in enumerate(image_ids)
+            ],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

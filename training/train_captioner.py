@@ -1,0 +1,253 @@
+"""Stage 1: train the decoder and projector of a captioner on cached features of its frozen vision tower.
+
+    python -m training.train_captioner training/recipes/captioner-small.yaml --model runs/untrained \
+        --dataset flickr8k --output_dir runs/captioner
+
+The Trainer's checkpoints are in `--output_dir`; a run that is stopped goes on from the last one when it is started
+again. What is kept, in `<output_dir>/best`, is the moving average of the weights at the epoch whose captions of the
+held-back training images had the highest CIDEr-D.
+"""
+
+import copy
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from training.arguments import CaptionerArguments, DataArguments, parse_arguments
+from training.checkpoints import save_captioner, write_json
+from training.data import load_pairs, split_held_back
+from training.evaluate_captions import caption_rows
+from training.features import cache_features
+from training.metrics import CiderD, corpus_diversity
+
+
+EMA_FILE = "ema.safetensors"
+
+
+class PackedCaptioner(BlipRBMForConditionalGeneration):
+    """The captioner with the loss of *packed* captions: those of an image stand in one row, each seeing only itself.
+
+    So the image's keys and values are computed once an image, not once a caption; and the softmax is over the
+    word-pieces that occur in training (`active`), a fifth of the vocabulary, until `full_vocabulary` is set.
+    """
+
+    _auto_class = None  # its checkpoints are for resuming, not for users
+    active = None  # (A,) token ids
+    full_vocabulary = False
+    label_smoothing = 0.0
+    image_token_dropout = 0.0
+
+    def forward(self, vision_hidden_states=None, input_ids=None, position_ids=None, segments=None, labels=None, **kwargs):
+        if segments is None:
+            return super().forward(
+                vision_hidden_states=vision_hidden_states,
+                input_ids=input_ids,
+                position_ids=position_ids,
+                labels=labels,
+                **kwargs,
+            )
+        image_embeds = self.encode_image(vision_hidden_states=vision_hidden_states).image_embeds
+        image_mask = None
+        if self.training and self.image_token_dropout:
+            image_mask = (torch.rand(image_embeds.shape[:2]) >= self.image_token_dropout).long()
+        hidden = self.text_decoder.bert(
+            input_ids,
+            attention_mask=packed_mask(segments, image_embeds.dtype),
+            position_ids=position_ids,
+            encoder_hidden_states=image_embeds,
+            encoder_attention_mask=image_mask,
+            is_decoder=True,
+            use_cache=False,
+        ).last_hidden_state
+        counted = labels != -100
+        head = self.text_decoder.cls.predictions
+        hidden, targets = head.transform(hidden[counted]), labels[counted]
+        weight, bias = head.decoder.weight, head.decoder.bias
+        if not self.full_vocabulary:
+            weight, bias = weight[self.active], bias[self.active]
+            targets = torch.searchsorted(self.active, targets)
+        return {"loss": F.cross_entropy(F.linear(hidden, weight, bias), targets, label_smoothing=self.label_smoothing)}
+
+
+def packed_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1, T, T) to add to attention scores: a token sees itself and what precedes it in its segment (B, T)."""
+    length = segments.shape[1]
+    sees = segments[:, :, None] == segments[:, None, :]
+    sees = sees & torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+
+
+class PackedCaptions(torch.utils.data.Dataset):
+    """An image's features in a random view, and its captions packed in one row."""
+
+    def __init__(self, store, rows, captions: list[list[list[int]]]):
+        self.store, self.rows, self.captions = store, rows, captions  # captions: of each row, lists of token ids
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        captions = self.captions[index]
+        view = int(torch.randint(self.store.num_views, ()))
+        return {
+            "vision_hidden_states": self.store.view(self.rows[index], view),
+            "input_ids": [token for caption in captions for token in caption[:-1]],
+            "labels": [token for caption in captions for token in caption[1:]],
+            "position_ids": [place for caption in captions for place in range(len(caption) - 1)],
+            "segments": [number for number, caption in enumerate(captions) for _ in caption[:-1]],
+        }
+
+
+def collate(items):
+    pads = {"input_ids": 0, "labels": -100, "position_ids": 0, "segments": -1}
+    longest = max(len(item["labels"]) for item in items)
+    batch = {"vision_hidden_states": torch.stack([item["vision_hidden_states"] for item in items]).float()}
+    for name, pad in pads.items():
+        batch[name] = torch.tensor([item[name] + [pad] * (longest - len(item[name])) for item in items])
+    return batch
+
+
+class CaptionTrainer(Trainer):
+    """Evaluates by captioning, with the averaged weights, and keeps the best of them."""
+
+    def __init__(self, *args, held_back, ema, processor, eval_beams, max_new_tokens, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.held_back, self.ema, self.processor = held_back, ema, processor
+        self.generation = {"num_beams": eval_beams, "max_new_tokens": max_new_tokens}
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Rows of about the same length together: a third of the batch would be pads otherwise."""
+        lengths = [sum(map(len, captions)) for captions in self.train_dataset.captions]
+        batch_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch_size, lengths=lengths)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        model = self.ema.module.eval()
+        store, rows, references = self.held_back
+        start = time.time()
+        captions = caption_rows(model, self.processor, store, rows, rbm=False, **self.generation)
+        metrics = {
+            f"{metric_key_prefix}_cider": 100 * CiderD(references).scores(captions).mean(),
+            f"{metric_key_prefix}_vocabulary": corpus_diversity(captions)["vocabulary"],
+            f"{metric_key_prefix}_length": corpus_diversity(captions)["mean_length"],
+            f"{metric_key_prefix}_seconds": time.time() - start,
+        }
+        best = max((entry["eval_cider"] for entry in self.state.log_history if "eval_cider" in entry), default=-1.0)
+        self.log(metrics)
+        if metrics[f"{metric_key_prefix}_cider"] > best and self.is_world_process_zero():
+            save_captioner(plain_model(model), self.processor, Path(self.args.output_dir) / "best")
+        return metrics
+
+
+class AverageWeights(TrainerCallback):
+    """Keeps the moving average, saves it beside each checkpoint, and widens the softmax for the last steps."""
+
+    def __init__(self, model, ema, full_vocabulary_share):
+        self.model, self.ema, self.full_vocabulary_share = model, ema, full_vocabulary_share
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.model.full_vocabulary = state.global_step >= (1 - self.full_vocabulary_share) * state.max_steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ema.update_parameters(self.model)
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.exists():
+            tensors = {name: p.detach().clone() for name, p in self.ema.named_parameters()}
+            save_file(tensors | {"n_averaged": self.ema.n_averaged.clone()}, folder / EMA_FILE)
+
+    def resume(self, checkpoint: str):
+        tensors = load_file(Path(checkpoint) / EMA_FILE)
+        self.ema.n_averaged.copy_(tensors.pop("n_averaged"))
+        self.ema.load_state_dict(tensors, strict=False)
+
+
+def plain_model(model):
+    """The same model as the class that users load."""
+    model = copy.copy(model)
+    model.__class__ = BlipRBMForConditionalGeneration
+    return model
+
+
+def caption_tokens(processor, captions: list[str], max_length: int = 40) -> list[list[int]]:
+    """Token ids [DEC] w1 ... wn [SEP] of captions, without the final full stop that only some of them have."""
+    texts = [" ".join(caption.strip().rstrip(".").split()) for caption in captions]
+    encoded = processor.encode_text(texts, as_prompt=False, max_length=max_length)
+    return [row[mask.bool()].tolist() for row, mask in zip(encoded["input_ids"], encoded["attention_mask"])]
+
+
+def unigram_bias(token_ids: list[int], vocab_size: int) -> torch.Tensor:
+    """(vocab_size,) log frequency of each token as the next one; those that never occur as if seen 0.01 times."""
+    counts = torch.bincount(torch.tensor(token_ids), minlength=vocab_size).float().clamp(min=0.01)
+    return (counts / counts.sum()).log()
+
+
+def main():
+    data, captioner, args = parse_arguments(DataArguments, CaptionerArguments, TrainingArguments)
+    args.remove_unused_columns = False
+    set_seed(args.seed)
+    processor = BlipRBMProcessor.from_pretrained(captioner.model)
+    model = PackedCaptioner.from_pretrained(captioner.model)
+    for name, module in model.text_decoder.named_modules():
+        if isinstance(module, torch.nn.Dropout):  # not of attention weights: it cost a fifth of the time
+            module.p = 0.0 if name.endswith("self.dropout") else captioner.dropout
+    model.label_smoothing, model.image_token_dropout = captioner.label_smoothing, captioner.image_token_dropout
+    model.requires_grad_(False)
+    for part in (model.projector, model.text_decoder):
+        if part is not None:
+            part.requires_grad_(True)
+
+    dataset = load_pairs(data.dataset, data.train_split, data.max_images)
+    store = cache_features(model.vision_model, processor.image_processor, dataset, data.cache_dir, data.views)
+    train_rows, held_rows = split_held_back(dataset, data.held_back)
+    captions = dataset["captions"]
+    tokens = [caption_tokens(processor, captions[i]) for i in train_rows]
+    seen = [token for of_image in tokens for caption in of_image for token in caption[1:]]
+    model.active = torch.tensor(sorted(set(seen)))
+    last_checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if last_checkpoint is None:
+        model.text_decoder.cls.predictions.bias.data.copy_(unigram_bias(seen, len(model.text_decoder.cls.predictions.bias)))
+
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(captioner.ema_decay))
+    average = AverageWeights(model, ema, captioner.full_vocabulary_share)
+    if last_checkpoint is not None:
+        average.resume(last_checkpoint)
+    trainer = CaptionTrainer(
+        model=model,
+        args=args,
+        train_dataset=PackedCaptions(store, train_rows, tokens),
+        eval_dataset=[],
+        data_collator=collate,
+        callbacks=[average],
+        held_back=(store, held_rows, [captions[i] for i in held_rows]),
+        ema=ema,
+        processor=processor,
+        eval_beams=captioner.eval_beams,
+        max_new_tokens=captioner.max_new_tokens,
+    )
+    start = time.time()
+    trainer.train(resume_from_checkpoint=last_checkpoint)
+    settings = {"data": asdict(data), "captioner": asdict(captioner), "training": args.to_sanitized_dict()}
+    history = [entry for entry in trainer.state.log_history if "eval_cider" in entry]
+    write_json(
+        Path(args.output_dir) / "captioner.json",
+        {"minutes": (time.time() - start) / 60, "active_vocabulary": len(model.active), "held_back": history, **settings},
+    )
+    best = max(history, key=lambda entry: entry["eval_cider"])
+    print(f"{args.output_dir}/best: CIDEr-D {best['eval_cider']:.1f} on {len(held_rows)} held-back images, epoch {best['epoch']:.0f}")
+
+
+if __name__ == "__main__":
+    main()

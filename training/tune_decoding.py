@@ -1,0 +1,126 @@
+"""Stage 3: choose the weights of guide and re-rank on training images that were held back; they go into the config.
+
+    python -m training.tune_decoding --model runs/rbm/best --dataset flickr8k --output_dir runs/tuned
+
+Every number here is of held-back *training* images; no validation image is looked at. Guide's weight is chosen first,
+then the weights of re-rank on the candidates that guide gives, by a grid over the parts of each candidate's score.
+"""
+
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from training.arguments import DataArguments, parse_arguments
+from training.checkpoints import save_captioner, write_json
+from training.data import load_pairs, split_held_back
+from training.evaluate_captions import caption_rows
+from training.features import cache_features
+from training.metrics import CiderD, corpus_diversity
+
+
+@dataclass
+class TuningArguments:
+    model: str = field(metadata={"help": "folder or Hub id of a captioner with a trained RBM"})
+    output_dir: str = field(metadata={"help": "where the captioner with its weights goes, and tuning.json"})
+    num_beams: int = field(default=3, metadata={"help": "beams of guide; saved as the default of `generate`"})
+    candidates: int = field(default=10, metadata={"help": "beams from which re-rank chooses"})
+    max_new_tokens: int = field(default=20, metadata={"help": "longest caption; saved as the default of `generate`"})
+    guidance: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.45], metadata={"help": "weights tried"})
+    order: str = field(default="second", metadata={"help": "how word gains are computed: exact, second, first"})
+    half: bool = field(default=False, metadata={"help": "store fp16 weights"})
+
+
+RERANK_GRID = {
+    "rbm_rerank_length_penalty": (0.0, 0.5, 1.0),
+    "rbm_rerank_pmi": (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
+    "rbm_rerank_consensus": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+}
+
+
+@torch.no_grad()
+def candidate_parts(model, processor, store, rows, n: int, batch_size: int = 8, **generate_kwargs):
+    """Of each image's n beams: captions, and log-probability, length, PMI and consensus as arrays (images, n)."""
+    config, captions, parts = model.config, [], []
+    weights = ("rbm_rerank_length_penalty", "rbm_rerank_pmi", "rbm_rerank_consensus")
+    saved = {name: getattr(config, name) for name in weights}
+    for start in tqdm(range(0, len(rows), batch_size), desc="candidates"):
+        features = store.batch(rows[start : start + batch_size])
+        encoding = model.encode_image(vision_hidden_states=features)
+        sequences = model.generate(encoding=encoding, num_beams=n, num_return_sequences=n, rbm_rerank=False, **generate_kwargs)
+        texts = processor.captions(sequences)
+        captions += [texts[i : i + n] for i in range(0, len(texts), n)]
+        # The score is linear in the weights: its parts are its values with one weight at a time.
+        log_prob, length = model.score_captions(encoding, sequences)
+        values = [log_prob.view(-1, n), length.view(-1, n)]
+        for pmi, consensus in ((1.0, 0.0), (0.0, 1.0)):
+            for name, value in zip(weights, (0.0, pmi, consensus)):
+                setattr(config, name, value)
+            values.append(model.candidate_scores(encoding, sequences) - values[0])
+        parts.append(torch.stack(values))
+    for name, value in saved.items():
+        setattr(config, name, value)
+    return captions, torch.cat(parts, dim=1).numpy()
+
+
+def tune_rerank(parts: np.ndarray, cider: np.ndarray) -> tuple[dict[str, float], list]:
+    """The weights with the best mean sentence CIDEr-D of the chosen candidate, and what the grid gave."""
+    log_prob, length, pmi, consensus = parts
+    tried = []
+    for penalty, l_pmi, l_consensus in itertools.product(*RERANK_GRID.values()):
+        score = log_prob / np.maximum(length, 1) ** penalty + l_pmi * pmi + l_consensus * consensus
+        chosen = np.take_along_axis(cider, score.argmax(1)[:, None], 1).mean()
+        tried.append((100 * chosen, dict(zip(RERANK_GRID, (penalty, l_pmi, l_consensus)))))
+    tried.sort(key=lambda entry: -entry[0])
+    return tried[0][1], tried
+
+
+def main():
+    data, args = parse_arguments(DataArguments, TuningArguments)
+    processor = BlipRBMProcessor.from_pretrained(args.model)
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    dataset = load_pairs(data.dataset, data.train_split, data.max_images)
+    store = cache_features(model.vision_model, processor.image_processor, dataset, data.cache_dir, data.views)
+    _, rows = split_held_back(dataset, data.held_back)
+    captions = dataset["captions"]
+    references = [captions[row] for row in rows]
+    scorer = CiderD(references)
+    model.config.rbm_guidance_order, model.config.rbm_rerank_candidates = args.order, args.candidates
+    length = {"max_new_tokens": args.max_new_tokens}
+
+    guide = []
+    for beta in args.guidance:
+        outputs = caption_rows(
+            model, processor, store, rows, rbm_guidance=beta, rbm_rerank=False, num_beams=args.num_beams, **length
+        )
+        entry = {"rbm_guidance": beta, "cider": 100 * scorer.scores(outputs).mean(), **corpus_diversity(outputs)}
+        guide.append(entry)
+        print(json.dumps(entry))
+    beta = max(guide, key=lambda entry: entry["cider"])["rbm_guidance"]
+    outputs, parts = candidate_parts(model, processor, store, rows, args.candidates, rbm_guidance=beta, **length)
+    cider = np.array([[scorer.score(i, caption) for caption in of_image] for i, of_image in enumerate(outputs)])
+    chosen, tried = tune_rerank(parts, cider)
+    rerank = {
+        "first_candidate": 100 * cider[:, 0].mean(),
+        "random_candidate": 100 * cider.mean(),
+        "oracle": 100 * cider.max(1).mean(),
+        "best": tried[:10],
+        "without_pmi": max(score for score, weights in tried if weights["rbm_rerank_pmi"] == 0),
+        "without_consensus": max(score for score, weights in tried if weights["rbm_rerank_consensus"] == 0),
+    }
+    print(json.dumps(rerank, indent=1))
+    for name, value in {"rbm_guidance": beta, "rbm_rerank": True, **chosen}.items():
+        setattr(model.config, name, value)
+    model.generation_config.num_beams = args.num_beams
+    model.generation_config.max_new_tokens = args.max_new_tokens
+    save_captioner(model, processor, args.output_dir, half=args.half)
+    write_json(Path(args.output_dir) / "tuning.json", {"images": len(rows), "guide": guide, "rerank": rerank, "chosen": chosen})
+
+
+if __name__ == "__main__":
+    main()
