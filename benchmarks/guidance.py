@@ -7,6 +7,7 @@ Images are those in examples/; a step is one call for 3 beams of each.
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,23 +41,28 @@ def main():
     config, p = model.config, model.rbm_layer.rbm.parameters_fp32
     with torch.no_grad():
         encoding = model.encode_image(**processor(images=images))
-        captions = model.generate(encoding=encoding, num_beams=args.beams, num_return_sequences=args.beams, rbm_rerank=False)
+        captions = model.generate(
+            encoding=encoding, num_beams=args.beams, num_return_sequences=args.beams, rbm_rerank=False
+        )
         said = captions[:, : captions.shape[1] // 2]  # half a caption
 
-        def guidance(order):
-            return RBMGuidance(
+        guides = {
+            order: RBMGuidance(
                 p, encoding.hidden_input, config.rbm_word_ids, config.text_config.vocab_size, 1.0, 1e9, order
             )
-
-        exact = guidance("exact").gains(said)
-        step = median_ms(lambda: model(image_embeds=encoding.image_embeds.repeat_interleave(args.beams, 0), input_ids=said[:, -1:]))
-        print(f"K {len(config.rbm_word_ids)}, H {config.rbm_hidden_size}, {len(images)} images x {args.beams} beams, ")
-        print(f"std of the word weights {p.U.std():.3f}, of the exact gains {exact.std():.3f} nats; decoder step {step:.1f} ms")
-        for order in WORD_GAIN_ORDERS:
-            gains = guidance(order).gains(said)
+            for order in WORD_GAIN_ORDERS
+        }
+        exact = guides["exact"].gains(said)
+        embeds = encoding.image_embeds.repeat_interleave(args.beams, 0)
+        step = median_ms(lambda: model(image_embeds=embeds, input_ids=said[:, -1:]))
+        print(f"K {len(config.rbm_word_ids)}, H {config.rbm_hidden_size}, {len(images)} images x {args.beams} beams")
+        print(f"std of word weights {p.U.std():.3f}, of exact gains {exact.std():.3f} nats; decoder step {step:.1f} ms")
+        for order, guide in guides.items():
+            gains = guide.gains(said)
+            error = (gains - exact).pow(2).mean().sqrt()
             correlation = torch.corrcoef(torch.stack([gains.flatten(), exact.flatten()]))[0, 1]
-            ms = median_ms(lambda: guidance(order).gains(said))
-            print(f"{order:7s} {ms:8.2f} ms   rmse {(gains - exact).pow(2).mean().sqrt():.4f} nats   r {correlation:.5f}")
+            ms = median_ms(partial(guide.gains, said))
+            print(f"{order:7s} {ms:8.2f} ms   rmse {error:.4f} nats   r {correlation:.5f}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,12 @@ def caption_both(captioner, image) -> dict:
     """One image by both systems: caption, score and words."""
     plain = captioner(image, rbm=False)[0]
     ours = captioner(image, top_words=6)[0]
-    return {"BLIP": plain["generated_text"], "BLIP-RBM": ours["generated_text"], "score": ours["score"], "words": ours["words"]}
+    return {
+        "BLIP": plain["generated_text"],
+        "BLIP-RBM": ours["generated_text"],
+        "score": ours["score"],
+        "words": ours["words"],
+    }
 
 
 def print_table(rows):

@@ -82,7 +82,11 @@ def caption_command(args) -> int:
             if images:
                 try:
                     outputs = captioner(
-                        list(images.values()), batch_size=len(images), prompt=args.prompt, top_words=args.words, **settings
+                        list(images.values()),
+                        batch_size=len(images),
+                        prompt=args.prompt,
+                        top_words=args.words,
+                        **settings,
                     )
                 except ValueError as error:  # such as a prompt that is too long: the same for every image
                     complain(error)

@@ -1,6 +1,7 @@
 """The configuration of BLIP-RBM: BLIP's, with any vision tower, and the RBM's."""
 
 from transformers import AutoConfig, BlipConfig, BlipTextConfig, BlipVisionConfig, PretrainedConfig
+
 from .rbm import WORD_GAIN_ORDERS
 
 

@@ -16,8 +16,14 @@ from typing import NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, BlipForConditionalGeneration, GenerationConfig, GenerationMixin, LogitsProcessorList
-from transformers import StoppingCriteriaList
+from transformers import (
+    AutoModel,
+    BlipForConditionalGeneration,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
 from transformers.utils import ModelOutput, can_return_tuple, logging

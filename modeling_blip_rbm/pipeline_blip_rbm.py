@@ -46,7 +46,9 @@ class BlipRBMImageToTextPipeline(Pipeline):
         """
         if isinstance(inputs, (list, tuple)) and not inputs:
             raise ValueError("the list of images is empty: give at least one image")
-        if type(inputs).__module__.startswith("datasets."):  # a column or a dataset: an image at a time, not all at once
+        if type(inputs).__module__.startswith(
+            "datasets."
+        ):  # a column or a dataset: an image at a time, not all at once
             rows = (row["image"] if isinstance(row, dict) and "image" in row else row for row in inputs)
             return list(super().__call__(rows, **kwargs))
         return super().__call__(inputs, **kwargs)
@@ -79,9 +81,7 @@ class BlipRBMImageToTextPipeline(Pipeline):
             words = dict(zip(tokens, outputs["word_probs"].flatten().tolist()))
         sequences, scores = outputs["sequences"], outputs["score"].flatten().tolist()
         captions = self.processor.captions(sequences.reshape(len(scores), -1))
-        return [
-            {"generated_text": caption, "score": score, "words": words} for caption, score in zip(captions, scores)
-        ]
+        return [{"generated_text": caption, "score": score, "words": words} for caption, score in zip(captions, scores)]
 
 
 __all__ = ["BlipRBMImageToTextPipeline"]

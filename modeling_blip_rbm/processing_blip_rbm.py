@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
+from transformers import __version__ as transformers_version
 
 
 def load_image(image) -> Image.Image:
@@ -69,9 +70,10 @@ class BlipRBMProcessor(ProcessorMixin):
         tokenizer: BERT's, with `bos_token` "[DEC]".
     """
 
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
+    if transformers_version < "5":  # later ones read the signature of __init__, and warn of these
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
         super().__init__(image_processor, tokenizer, **kwargs)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
 LOG_VARIANCE_RANGE = (-4.6, 0.18)  # s^2 in [0.01, 1.2] for standardised x: an unbounded variance collapses or explodes
 
 
@@ -266,7 +267,7 @@ class JointRBM(nn.Module):
     @property
     def parameters_fp32(self) -> RBMParameters:
         """The parameters for the functions of this file: fp32 (energies are differences of large sums), s^2 bounded."""
-        of = lambda name: getattr(self, name).float() if hasattr(self, name) else None  # noqa: E731
+        of = lambda name: getattr(self, name).float() if hasattr(self, name) else None
         log_var = of("image_log_var")
         return RBMParameters(
             c=of("hidden_bias"),

@@ -2,6 +2,7 @@
 
 import os
 
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
 
 from pathlib import Path
@@ -25,7 +26,9 @@ torch.set_num_threads(1)  # the models are tiny: threads only cost
 
 REPO = Path(__file__).resolve().parent.parent
 CHECKPOINT = REPO / "checkpoints" / "blip-rbm-small"
-WORDS = "a the on in of and with is are dog cat man woman boy girl ball grass beach snow red blue black white runs jumps "
+WORDS = (
+    "a the on in of and with is are dog cat man woman boy girl ball grass beach snow red blue black white runs jumps "
+)
 WORDS += "sits plays water park street photo picture two three ##s ##ing bike horse tree car child people standing"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split(), "[DEC]", "[ENC]"]
 WORD_IDS = [VOCABULARY.index(word) for word in "dog cat man woman boy girl ball grass beach snow red".split()]  # K = 11

@@ -15,7 +15,9 @@ V, K, H, VOCAB = 3, len(WORD_IDS), 7, 47
 
 @pytest.fixture
 def params():
-    return RBMParameters(c=torch.randn(H), U=torch.randn(K, H), b=torch.randn(K), W=torch.randn(V, H), mu=torch.randn(V))
+    return RBMParameters(
+        c=torch.randn(H), U=torch.randn(K, H), b=torch.randn(K), W=torch.randn(V, H), mu=torch.randn(V)
+    )
 
 
 def test_words_said():
@@ -66,9 +68,7 @@ def test_no_guidance_for_the_average_image(params):
 def test_consensus_is_the_mean_jaccard_similarity():
     sequences = torch.tensor([[[44, 5, 7, 9, 3, 0], [44, 5, 7, 11, 3, 3], [44, 6, 13, 3, 0, 0]]])
     sets = [{44, 5, 7, 9}, {44, 5, 7, 11}, {44, 6, 13}]
-    expected = [
-        sum(len(a & b) / len(a | b) for j, b in enumerate(sets) if j != i) / 2 for i, a in enumerate(sets)
-    ]
+    expected = [sum(len(a & b) / len(a | b) for j, b in enumerate(sets) if j != i) / 2 for i, a in enumerate(sets)]
     torch.testing.assert_close(consensus(sequences, ignored=(0, 3))[0], torch.tensor(expected))
     assert consensus(sequences[:, :1], ignored=(0,)).tolist() == [[0.0]]
 

@@ -81,7 +81,9 @@ PIPELINES = """
 @pytest.mark.parametrize("by", ["folder", "id"])
 def test_auto_classes(by, saved_model, processor, model, image_file, tmp_path):
     environment = {} if by == "folder" else hub_cache(saved_model, tmp_path / "home")
-    out = run_clean(AUTO_CLASSES, saved_model if by == "folder" else "org/blip-rbm", image_file, tmp_path, **environment)
+    out = run_clean(
+        AUTO_CLASSES, saved_model if by == "folder" else "org/blip-rbm", image_file, tmp_path, **environment
+    )
     expected = processor.captions(model.generate(**processor(images=image_file)))[0]
     assert out == {"type": "blip_rbm", "captions": [expected, expected]}
 

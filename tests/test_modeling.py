@@ -5,8 +5,14 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, BlipForConditionalGeneration, CLIPVisionConfig, Dinov2Config, EfficientNetConfig
-from transformers import BlipVisionConfig
+from transformers import (
+    AutoConfig,
+    BlipForConditionalGeneration,
+    BlipVisionConfig,
+    CLIPVisionConfig,
+    Dinov2Config,
+    EfficientNetConfig,
+)
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from modeling_blip_rbm.modeling_blip_rbm import pool_tokens, vision_tokens
@@ -47,7 +53,9 @@ def test_converted_blip_gives_blips_tokens(blip, model, pixel_values, decoding):
 @pytest.mark.parametrize("decoding", ["greedy", "3 beams"])
 def test_converted_blip_gives_blips_tokens_after_a_prompt(blip, model, pixel_values, decoding):
     prompt = torch.tensor([[VOCABULARY.index(w) for w in ("[CLS]", "a", "picture", "of", "[SEP]")]]).repeat(5, 1)
-    expected = blip.generate(pixel_values, input_ids=prompt.clone(), attention_mask=torch.ones_like(prompt), **DECODING[decoding])
+    expected = blip.generate(
+        pixel_values, input_ids=prompt.clone(), attention_mask=torch.ones_like(prompt), **DECODING[decoding]
+    )
     assert_same_tokens(model.generate(pixel_values, input_ids=prompt, **DECODING[decoding]), expected)
 
 
@@ -72,12 +80,16 @@ def test_interpolated_positions(blip, model):
 # ---------------------------------------------------------------- any vision tower
 
 TOWERS = {
-    "blip": BlipVisionConfig(hidden_size=22, intermediate_size=29, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8),
+    "blip": BlipVisionConfig(
+        hidden_size=22, intermediate_size=29, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8
+    ),
     "efficientnet": EfficientNetConfig(
         image_size=65, width_coefficient=0.3, depth_coefficient=0.2, hidden_dim=384, depthwise_padding=[]
     ),
     "dinov2": Dinov2Config(hidden_size=22, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7),
-    "clip": CLIPVisionConfig(hidden_size=22, intermediate_size=29, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8),
+    "clip": CLIPVisionConfig(
+        hidden_size=22, intermediate_size=29, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8
+    ),
 }
 
 
@@ -225,7 +237,9 @@ def test_prompts_padded_on_either_side_with_sep(model, pixel_values):
     assert torch.equal(model.generate(pixel_values[:2], left), model.generate(pixel_values[:2], right))
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 3, "rbm_guidance": 0.4}, {"rbm_rerank": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 3}, {"num_beams": 3, "rbm_guidance": 0.4}, {"rbm_rerank": True}]
+)
 def test_batch_is_alone(model, pixel_values, settings):
     model.config.rbm_rerank_consensus = model.config.rbm_rerank_pmi = 0.3
     together = model.generate(pixel_values, **settings)
@@ -304,7 +318,12 @@ def test_gate_and_shift_learn(model, pixel_values):
 def test_scores_are_log_probabilities(model, pixel_values):
     encoding = model.encode_image(pixel_values)
     out = model.generate(
-        pixel_values, num_beams=3, num_return_sequences=2, length_penalty=0.0, output_scores=True, return_dict_in_generate=True
+        pixel_values,
+        num_beams=3,
+        num_return_sequences=2,
+        length_penalty=0.0,
+        output_scores=True,
+        return_dict_in_generate=True,
     )
     log_prob, length = model.score_captions(encoding, out.sequences)
     torch.testing.assert_close(log_prob, out.sequences_scores, atol=1e-4, rtol=1e-4)

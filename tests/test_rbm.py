@@ -33,7 +33,7 @@ def states(n):
 @pytest.fixture
 def params():
     g = torch.Generator().manual_seed(3)
-    r = lambda *size: torch.randn(*size, generator=g)  # noqa: E731
+    r = lambda *size: torch.randn(*size, generator=g)
     return RBMParameters(c=r(H), U=r(K, H), b=r(K), W=r(V, H), mu=r(V), log_var=0.3 * r(V))
 
 

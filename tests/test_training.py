@@ -47,7 +47,9 @@ def pairs(tmp_path_factory):
         colour = names[i % 4]
         pixels = np.clip(np.array(COLOURS[colour]) + np.random.default_rng(i).normal(0, 9, (40, 40, 3)), 0, 255)
         rows["image"].append(PILImage.fromarray(pixels.astype(np.uint8)))
-        rows["captions"].append([f"a {colour} ball .", f"the {colour} ball is {colour}", f"a picture of a {colour} ball"])
+        rows["captions"].append(
+            [f"a {colour} ball .", f"the {colour} ball is {colour}", f"a picture of a {colour} ball"]
+        )
         rows["image_id"].append(f"{i}.png")
     dataset = Dataset.from_dict(
         rows, features=Features({"image": Image(), "captions": Sequence(Value("string")), "image_id": Value("string")})
@@ -103,10 +105,28 @@ def test_stages_end_to_end(pairs, towers, tmp_path):
     """build -> train (stopped and resumed) -> RBM -> tune -> evaluate: it learns the colours."""
     data = ["--dataset", pairs, "--held_back", 4, "--views", 2, "--cache_dir", tmp_path / "features"]
     succeed(
-        "build_captioner", "--vision", towers / "vision", "--text", towers / "text", "--output_dir", "untrained", cwd=tmp_path
+        "build_captioner",
+        "--vision",
+        towers / "vision",
+        "--text",
+        towers / "text",
+        "--output_dir",
+        "untrained",
+        cwd=tmp_path,
     )
     train = ["--model", "untrained", *data, "--output_dir", "captioner", "--per_device_train_batch_size", 4]
-    train += ["--learning_rate", "5e-3", "--dropout", 0, "--ema_decay", 0.8, "--eval_strategy", "epoch", "--max_new_tokens", 9]
+    train += [
+        "--learning_rate",
+        "5e-3",
+        "--dropout",
+        0,
+        "--ema_decay",
+        0.8,
+        "--eval_strategy",
+        "epoch",
+        "--max_new_tokens",
+        9,
+    ]
     train += ["--save_strategy", "epoch", "--lr_scheduler_type", "constant", "--label_smoothing", 0]
     succeed("train_captioner", *train, "--num_train_epochs", 3, cwd=tmp_path)
     assert (tmp_path / "captioner" / "checkpoint-15" / "ema.safetensors").exists()
@@ -122,12 +142,34 @@ def test_stages_end_to_end(pairs, towers, tmp_path):
     assert [entry["epoch"] for entry in log] == list(range(5, 41, 5))
     assert log[-1]["words"] < log[0]["words"] and log[-1]["word_ap"] > 0.8
 
-    tune = ["--model", "rbm/best", *data, "--output_dir", "tuned", "--candidates", 5, "--guidance", 0.0, 0.2, "--half", True]
+    tune = [
+        "--model",
+        "rbm/best",
+        *data,
+        "--output_dir",
+        "tuned",
+        "--candidates",
+        5,
+        "--guidance",
+        0.0,
+        0.2,
+        "--half",
+        True,
+    ]
     succeed("tune_decoding", *tune, "--max_new_tokens", 9, cwd=tmp_path)
     saved = json.loads((tmp_path / "tuned" / "config.json").read_text())
     assert saved["rbm_rerank"] and saved["rbm_guidance"] in (0.0, 0.2) and saved["dtype"] == "float32"
 
-    evaluate = ["--model", "tuned", "--dataset", pairs, "--output", "results.json", "--cache_dir", tmp_path / "features"]
+    evaluate = [
+        "--model",
+        "tuned",
+        "--dataset",
+        pairs,
+        "--output",
+        "results.json",
+        "--cache_dir",
+        tmp_path / "features",
+    ]
     succeed("evaluate_captions", *evaluate, cwd=tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["images"] == 8 and set(results["systems"]) == {"BLIP", "BLIP-RBM"}
@@ -184,7 +226,9 @@ def test_feature_cache_is_the_towers_output_and_is_reused(pairs, towers, tmp_pat
     assert store.features.shape[:2] == (24, 2)
     for row in (0, 23):
         image = dataset[row]["image"]
-        pixel_values = image_processor([image, image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)], return_tensors="pt")
+        pixel_values = image_processor(
+            [image, image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)], return_tensors="pt"
+        )
         with torch.no_grad():
             expected = vision_tokens(tower(**pixel_values))
         torch.testing.assert_close(torch.from_numpy(np.array(store[row])).float(), expected, atol=2e-3, rtol=2e-3)
@@ -253,7 +297,12 @@ def test_packed_loss_is_the_loss_of_single_captions(model, processor, pixel_valu
 
 def test_packed_mask():
     sees = packed_mask(torch.tensor([[0, 0, 1, -1]]), torch.float32)[0, 0] == 0
-    assert sees.tolist() == [[True] + [False] * 3, [True, True, False, False], [False, False, True, False], [False] * 3 + [True]]
+    assert sees.tolist() == [
+        [True] + [False] * 3,
+        [True, True, False, False],
+        [False, False, True, False],
+        [False] * 3 + [True],
+    ]
 
 
 @pytest.mark.parametrize("batch, accumulation", [(2, 4), (1, 8)])

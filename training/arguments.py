@@ -31,6 +31,10 @@ class CaptionerArguments:
     full_vocabulary_share: float = field(
         default=0.1, metadata={"help": "last share of the steps with the softmax over the whole vocabulary"}
     )
+    unigram_bias: bool = field(
+        default=True,
+        metadata={"help": "start the output bias at the words' frequencies; false to go on from a trained one"},
+    )
     eval_beams: int = field(default=3, metadata={"help": "beams with which the held-back images are captioned"})
     max_new_tokens: int = field(default=20, metadata={"help": "longest caption"})
 

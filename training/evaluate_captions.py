@@ -120,8 +120,12 @@ def main():
             "references_per_image": len(references[0]),
             "dataset": args.dataset.rstrip("/").split("/")[-1],
             "split": args.split,
-            "settings": settings,
-            "rbm": {name: getattr(config, name) for name in vars(config) if name.startswith("rbm_") and name != "rbm_word_ids"},
+            "settings": settings | {"length_penalty": model.generation_config.length_penalty},
+            "rbm": {
+                name: getattr(config, name)
+                for name in vars(config)
+                if name.startswith("rbm_") and name != "rbm_word_ids"
+            },
             "rbm_words": len(config.rbm_word_ids),
             "parameters": sum(p.numel() for p in model.parameters()),
             "systems": systems,

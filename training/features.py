@@ -28,7 +28,8 @@ def tower_fingerprint(tower: torch.nn.Module) -> str:
     for name, tensor in sorted(tower.state_dict().items()):
         if tensor.is_floating_point():  # counters such as num_batches_tracked change nothing in the output
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().to(torch.float16).contiguous().numpy().tobytes())
+            half = tensor.detach().cpu().to(torch.float16) + 0.0  # -0 and 0 are the same weight, but not the same bytes
+            digest.update(half.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -106,8 +106,13 @@ def blocks() -> dict[str, str]:
 def filled(text: str) -> str:
     """The text with the content of every `<!-- name -->...<!-- /name -->` (in YAML: `# name` ... `# /name`) renewed."""
     for name, content in blocks().items():
-        text = re.sub(f"(<!-- {name} -->\n?).*?(\n?<!-- /{name} -->)", lambda m: m[1] + content + m[2], text, flags=re.S)
-        text = re.sub(f"(^# {name}\n).*?(\n# /{name}$)", lambda m: m[1] + content + m[2], text, flags=re.S | re.M)
+        for start, end, flags in (
+            (f"<!-- {name} -->\n?", f"\n?<!-- /{name} -->", 0),
+            (f"^# {name}\n", f"\n?# /{name}$", re.M),
+        ):
+            found = re.search(f"({start}).*?({end})", text, flags=re.S | flags)
+            if found:
+                text = text[: found.end(1)] + content + text[found.start(2) :]
     return text
 
 

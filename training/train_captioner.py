@@ -9,12 +9,10 @@ held-back training images had the highest CIDEr-D.
 """
 
 import copy
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -48,7 +46,9 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
     label_smoothing = 0.0
     image_token_dropout = 0.0
 
-    def forward(self, vision_hidden_states=None, input_ids=None, position_ids=None, segments=None, labels=None, **kwargs):
+    def forward(
+        self, vision_hidden_states=None, input_ids=None, position_ids=None, segments=None, labels=None, **kwargs
+    ):
         if segments is None:
             return super().forward(
                 vision_hidden_states=vision_hidden_states,
@@ -145,6 +145,7 @@ class CaptionTrainer(Trainer):
         }
         best = max((entry["eval_cider"] for entry in self.state.log_history if "eval_cider" in entry), default=-1.0)
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if metrics[f"{metric_key_prefix}_cider"] > best and self.is_world_process_zero():
             save_captioner(plain_model(model), self.processor, Path(self.args.output_dir) / "best")
         return metrics
@@ -188,9 +189,9 @@ def caption_tokens(processor, captions: list[str], max_length: int = 40) -> list
     return [row[mask.bool()].tolist() for row, mask in zip(encoded["input_ids"], encoded["attention_mask"])]
 
 
-def unigram_bias(token_ids: list[int], vocab_size: int) -> torch.Tensor:
-    """(vocab_size,) log frequency of each token as the next one; those that never occur as if seen 0.01 times."""
-    counts = torch.bincount(torch.tensor(token_ids), minlength=vocab_size).float().clamp(min=0.01)
+def unigram_bias(token_ids: list[int], vocab_size: int, least: float = 0.01) -> torch.Tensor:
+    """(vocab_size,) log frequency of each token as the next one; rarer ones as if seen `least` times."""
+    counts = torch.bincount(torch.tensor(token_ids), minlength=vocab_size).float().clamp(min=least)
     return (counts / counts.sum()).log()
 
 
@@ -217,8 +218,9 @@ def main():
     seen = [token for of_image in tokens for caption in of_image for token in caption[1:]]
     model.active = torch.tensor(sorted(set(seen)))
     last_checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if last_checkpoint is None:
-        model.text_decoder.cls.predictions.bias.data.copy_(unigram_bias(seen, len(model.text_decoder.cls.predictions.bias)))
+    if captioner.unigram_bias and last_checkpoint is None:
+        bias = model.text_decoder.cls.predictions.bias
+        bias.data.copy_(unigram_bias(seen, len(bias)))
 
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(captioner.ema_decay))
     average = AverageWeights(model, ema, captioner.full_vocabulary_share)
@@ -243,10 +245,15 @@ def main():
     history = [entry for entry in trainer.state.log_history if "eval_cider" in entry]
     write_json(
         Path(args.output_dir) / "captioner.json",
-        {"minutes": (time.time() - start) / 60, "active_vocabulary": len(model.active), "held_back": history, **settings},
+        {
+            "minutes": (time.time() - start) / 60,
+            "active_vocabulary": len(model.active),
+            "held_back": history,
+            **settings,
+        },
     )
     best = max(history, key=lambda entry: entry["eval_cider"])
-    print(f"{args.output_dir}/best: CIDEr-D {best['eval_cider']:.1f} on {len(held_rows)} held-back images, epoch {best['epoch']:.0f}")
+    print(f"{args.output_dir}/best: epoch {best['epoch']:.0f}, held-back CIDEr-D {best['eval_cider']:.1f}")
 
 
 if __name__ == "__main__":

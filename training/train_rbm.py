@@ -211,9 +211,7 @@ def with_new_rbm(model, word_ids, settings: RBMArguments, pooled, word_share):
 
 def pool_store(store, rows, pooling: str) -> torch.Tensor:
     """(rows, views, V) fp32."""
-    pooled = [
-        pool_tokens(torch.from_numpy(np.array(store[row])).float(), pooling) for row in tqdm(rows, desc="pool")
-    ]
+    pooled = [pool_tokens(torch.from_numpy(np.array(store[row])).float(), pooling) for row in tqdm(rows, desc="pool")]
     return torch.stack(pooled)
 
 
@@ -254,7 +252,9 @@ def train(accelerator, model, train_set, held_back, settings: RBMArguments):
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + term.item() / len(loader)
         if not np.isfinite(list(sums.values())).all():
-            raise FloatingPointError(f"the loss is {sums} in epoch {epoch + 1}: lower --learning_rate; nothing was saved")
+            raise FloatingPointError(
+                f"the loss is {sums} in epoch {epoch + 1}: lower --learning_rate; nothing was saved"
+            )
         if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
             entry = {"epoch": epoch + 1, **sums, **evaluate_rbm(rbm, *held_back)}
             quality = entry["text_to_image_r10"] + entry["image_to_text_r10"]

@@ -1,9 +1,14 @@
-"""Stage 3: choose the weights of guide and re-rank on training images that were held back; they go into the config.
+"""Stage 3: choose how the finished model decodes, on training images that were held back.
 
     python -m training.tune_decoding --model runs/rbm/best --dataset flickr8k --output_dir runs/tuned
 
-Every number here is of held-back *training* images; no validation image is looked at. Guide's weight is chosen first,
-then the weights of re-rank on the candidates that guide gives, by a grid over the parts of each candidate's score.
+Every number here is of held-back *training* images; no validation image is looked at. In this order:
+
+1. plain BLIP: how much of the words' log frequency is taken off the output bias (logit adjustment, Menon et al., ICLR 2021,
+   arXiv 2007.07314), and beam search's length penalty. Of the weights whose CIDEr-D is within `tolerance` of the best,
+   the one with the largest vocabulary: variety where it costs nothing. Both become part of plain BLIP, the baseline.
+2. guide: its weight, by CIDEr-D.
+3. re-rank: its weights on the candidates that guide gives, by a grid over the parts of each candidate's score.
 """
 
 import itertools
@@ -22,6 +27,7 @@ from training.data import load_pairs, split_held_back
 from training.evaluate_captions import caption_rows
 from training.features import cache_features
 from training.metrics import CiderD, corpus_diversity
+from training.train_captioner import caption_tokens, unigram_bias
 
 
 @dataclass
@@ -31,7 +37,17 @@ class TuningArguments:
     num_beams: int = field(default=3, metadata={"help": "beams of guide; saved as the default of `generate`"})
     candidates: int = field(default=10, metadata={"help": "beams from which re-rank chooses"})
     max_new_tokens: int = field(default=20, metadata={"help": "longest caption; saved as the default of `generate`"})
-    guidance: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.45], metadata={"help": "weights tried"})
+    prior: list[float] = field(
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.3],
+        metadata={"help": "shares of the log frequency taken off the bias"},
+    )
+    length_penalty: list[float] = field(
+        default_factory=lambda: [1.0, 2.0], metadata={"help": "beam search's length penalties tried"}
+    )
+    tolerance: float = field(default=1.0, metadata={"help": "CIDEr-D points that plain BLIP may give for vocabulary"})
+    guidance: list[float] = field(
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.45], metadata={"help": "weights tried"}
+    )
     order: str = field(default="second", metadata={"help": "how word gains are computed: exact, second, first"})
     half: bool = field(default=False, metadata={"help": "store fp16 weights"})
 
@@ -52,7 +68,9 @@ def candidate_parts(model, processor, store, rows, n: int, batch_size: int = 8, 
     for start in tqdm(range(0, len(rows), batch_size), desc="candidates"):
         features = store.batch(rows[start : start + batch_size])
         encoding = model.encode_image(vision_hidden_states=features)
-        sequences = model.generate(encoding=encoding, num_beams=n, num_return_sequences=n, rbm_rerank=False, **generate_kwargs)
+        sequences = model.generate(
+            encoding=encoding, num_beams=n, num_return_sequences=n, rbm_rerank=False, **generate_kwargs
+        )
         texts = processor.captions(sequences)
         captions += [texts[i : i + n] for i in range(0, len(texts), n)]
         # The score is linear in the weights: its parts are its values with one weight at a time.
@@ -80,30 +98,65 @@ def tune_rerank(parts: np.ndarray, cider: np.ndarray) -> tuple[dict[str, float],
     return tried[0][1], tried
 
 
+class HeldBack:
+    """The held-back images, and how good a model's captions of them are."""
+
+    def __init__(self, processor, store, rows, references, **generate_kwargs):
+        self.processor, self.store, self.rows, self.generate_kwargs = processor, store, rows, generate_kwargs
+        self.scorer = CiderD(references)
+
+    def measure(self, model, **settings) -> dict[str, float]:
+        captions = caption_rows(model, self.processor, self.store, self.rows, **self.generate_kwargs, **settings)
+        entry = {"cider": 100 * self.scorer.scores(captions).mean(), **corpus_diversity(captions)}
+        print(json.dumps(settings | entry))
+        return settings | entry
+
+
+def most_varied(entries: list[dict], tolerance: float) -> dict:
+    """Of the entries within `tolerance` of the best CIDEr-D, the one with the largest vocabulary."""
+    best = max(entry["cider"] for entry in entries)
+    return max(
+        (entry for entry in entries if entry["cider"] >= best - tolerance), key=lambda entry: entry["vocabulary"]
+    )
+
+
+@torch.no_grad()
+def tune_plain(model, held_back: HeldBack, log_frequency: torch.Tensor, args: TuningArguments) -> list[dict]:
+    """Set the output bias and the length penalty of plain BLIP; what was tried."""
+    bias = model.text_decoder.cls.predictions.bias
+    trained, tried = bias.clone(), []
+    for prior in args.prior:
+        bias.copy_(trained - prior * log_frequency)
+        tried.append({"prior": prior, **held_back.measure(model, rbm=False, length_penalty=args.length_penalty[0])})
+    chosen = most_varied(tried, args.tolerance)
+    bias.copy_(trained - chosen["prior"] * log_frequency)
+    for penalty in args.length_penalty[1:]:
+        tried.append({"prior": chosen["prior"], **held_back.measure(model, rbm=False, length_penalty=penalty)})
+    penalties = [entry for entry in tried if entry["prior"] == chosen["prior"]]
+    model.generation_config.length_penalty = most_varied(penalties, args.tolerance)["length_penalty"]
+    return tried
+
+
 def main():
     data, args = parse_arguments(DataArguments, TuningArguments)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    config = model.config
     dataset = load_pairs(data.dataset, data.train_split, data.max_images)
     store = cache_features(model.vision_model, processor.image_processor, dataset, data.cache_dir, data.views)
-    _, rows = split_held_back(dataset, data.held_back)
-    captions = dataset["captions"]
-    references = [captions[row] for row in rows]
-    scorer = CiderD(references)
-    model.config.rbm_guidance_order, model.config.rbm_rerank_candidates = args.order, args.candidates
-    length = {"max_new_tokens": args.max_new_tokens}
+    train_rows, rows = split_held_back(dataset, data.held_back)
+    captions = dataset["captions"][:]
+    tokens = [token for i in train_rows for ids in caption_tokens(processor, captions[i]) for token in ids[1:]]
+    log_frequency = unigram_bias(tokens, config.text_config.vocab_size, least=5.0)
+    model.generation_config.num_beams, model.generation_config.max_new_tokens = args.num_beams, args.max_new_tokens
+    held_back = HeldBack(processor, store, rows, [captions[row] for row in rows])
+    config.rbm_guidance_order, config.rbm_rerank_candidates = args.order, args.candidates
 
-    guide = []
-    for beta in args.guidance:
-        outputs = caption_rows(
-            model, processor, store, rows, rbm_guidance=beta, rbm_rerank=False, num_beams=args.num_beams, **length
-        )
-        entry = {"rbm_guidance": beta, "cider": 100 * scorer.scores(outputs).mean(), **corpus_diversity(outputs)}
-        guide.append(entry)
-        print(json.dumps(entry))
-    beta = max(guide, key=lambda entry: entry["cider"])["rbm_guidance"]
-    outputs, parts = candidate_parts(model, processor, store, rows, args.candidates, rbm_guidance=beta, **length)
-    cider = np.array([[scorer.score(i, caption) for caption in of_image] for i, of_image in enumerate(outputs)])
+    plain = tune_plain(model, held_back, log_frequency, args)
+    guide = [held_back.measure(model, rbm_guidance=beta, rbm_rerank=False) for beta in args.guidance]
+    config.rbm_guidance = max(guide, key=lambda entry: entry["cider"])["rbm_guidance"]
+    outputs, parts = candidate_parts(model, processor, store, rows, args.candidates)
+    cider = np.array([[held_back.scorer.score(i, text) for text in of_image] for i, of_image in enumerate(outputs)])
     chosen, tried = tune_rerank(parts, cider)
     rerank = {
         "first_candidate": 100 * cider[:, 0].mean(),
@@ -114,12 +167,11 @@ def main():
         "without_consensus": max(score for score, weights in tried if weights["rbm_rerank_consensus"] == 0),
     }
     print(json.dumps(rerank, indent=1))
-    for name, value in {"rbm_guidance": beta, "rbm_rerank": True, **chosen}.items():
-        setattr(model.config, name, value)
-    model.generation_config.num_beams = args.num_beams
-    model.generation_config.max_new_tokens = args.max_new_tokens
+    for name, value in {"rbm_rerank": True, **chosen}.items():
+        setattr(config, name, value)
     save_captioner(model, processor, args.output_dir, half=args.half)
-    write_json(Path(args.output_dir) / "tuning.json", {"images": len(rows), "guide": guide, "rerank": rerank, "chosen": chosen})
+    report = {"images": len(rows), "plain": plain, "guide": guide, "rerank": rerank, "chosen": chosen}
+    write_json(Path(args.output_dir) / "tuning.json", report)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Each metric file is also a local `evaluate` module: `evaluate.load("training/metrics/cider_d.py")`.
 """
 
-from training.metrics.bleu import bleu, bleu_statistics, bleu_of_statistics
+from training.metrics.bleu import bleu, bleu_of_statistics, bleu_statistics
 from training.metrics.bootstrap import paired_bootstrap
 from training.metrics.cider_d import CiderD
 from training.metrics.diversity import corpus_diversity, set_diversity

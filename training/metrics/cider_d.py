@@ -46,7 +46,9 @@ class CiderD:
         for ref_vectors, ref_norms, ref_length in self.references[image]:
             penalty = np.exp(-((length - ref_length) ** 2) / (2 * SIGMA**2))
             for vector, norm, ref_vector, ref_norm in zip(vectors, norms, ref_vectors, ref_norms):
-                overlap = sum(min(value, ref_vector[g]) * ref_vector[g] for g, value in vector.items() if g in ref_vector)
+                overlap = sum(
+                    min(value, ref_vector[g]) * ref_vector[g] for g, value in vector.items() if g in ref_vector
+                )
                 if norm and ref_norm:
                     overlap /= norm * ref_norm
                 total += overlap * penalty
