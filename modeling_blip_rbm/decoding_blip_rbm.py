@@ -23,12 +23,13 @@ def words_said(token_ids: torch.Tensor, columns: torch.Tensor, num_words: int) -
 
 
 class RBMGuidance(LogitsProcessor):
-    """Adds beta * clip(g_k) to the log-probability of every word k not yet said, and normalises again.
+    """Adds beta * clip(g_k) to the score of every word k not yet said.
 
     g_k = gain of word k for this image - its gain for the average image, given the words said so far
     (`rbm.word_gains`): once "dog" is said, the causes that it shares are explained, and other words gain. Words outside
-    the RBM's vocabulary gain nothing. Normalised, the sum over a beam stays the log-probability of a distribution, so
-    that beams with more of the RBM's words are not preferred for their number.
+    the RBM's vocabulary gain nothing. As free-energy differences, the gains along a caption add up to the pointwise
+    mutual information of its words and the image: beam search looks for the best log P(caption | image) + beta * PMI,
+    which is why the scores are not normalised again (sampling does so itself).
 
     Args:
         hidden_input: a (B, H) of the images; rows R of the scores must be a multiple of B, an image's rows adjacent.
@@ -52,7 +53,7 @@ class RBMGuidance(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         bonus = self.beta * self.gains(input_ids).to(scores.dtype)
-        return scores.index_add(1, self.word_ids, bonus).log_softmax(-1)
+        return scores.index_add(1, self.word_ids, bonus)
 
 
 class ContextLimit(StoppingCriteria):

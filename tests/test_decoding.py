@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_blip_rbm.decoding_blip_rbm import RBMGuidance, consensus, rerank_scores, word_columns, words_said
-from modeling_blip_rbm.rbm import RBMParameters, free_energy, hidden_input
+from modeling_blip_rbm.rbm import RBMParameters, free_energy, hidden_input, pointwise_mutual_information
 from tests.conftest import WORD_IDS
 
 
@@ -49,7 +49,7 @@ def test_guidance_is_the_brute_force_free_energy_difference(params, beams):
         clipped |= gain.abs().item() > clip
         expected[row, WORD_IDS[k]] += beta * gain.clamp(-clip, clip).item()
     before = scores.clone()
-    torch.testing.assert_close(guidance(rows, scores), expected.log_softmax(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(guidance(rows, scores), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(scores, before) and clipped
 
 
@@ -57,6 +57,18 @@ def test_said_words_change_the_gains_of_others(params):
     guidance = RBMGuidance(params, hidden_input(params, torch.randn(1, V)), WORD_IDS, VOCAB, 1.0)
     none, dog = guidance.gains(torch.tensor([[44, 5]])), guidance.gains(torch.tensor([[44, WORD_IDS[0]]]))
     assert dog[0, 0] == 0 and (none[0, 1:] != dog[0, 1:]).all()
+
+
+def test_gains_along_a_caption_add_up_to_its_mutual_information(params):
+    """What beam search then maximises is log P + beta * PMI of the whole caption."""
+    x = torch.randn(1, V)
+    guidance = RBMGuidance(params, hidden_input(params, x), WORD_IDS, VOCAB, 1.0, clip=1e9, order="exact")
+    caption = [44, 5, WORD_IDS[3], 6, WORD_IDS[0], WORD_IDS[3], WORD_IDS[7]]
+    scores = torch.zeros(1, VOCAB)
+    total = sum(guidance(torch.tensor([caption[:t]]), scores)[0, caption[t]] for t in range(1, len(caption)))
+    w = words_said(torch.tensor([caption]), word_columns(WORD_IDS, VOCAB), K)
+    expected = pointwise_mutual_information(params, hidden_input(params, x), w)
+    torch.testing.assert_close(total, expected[0], atol=1e-4, rtol=1e-4)
 
 
 def test_no_guidance_for_the_average_image(params):

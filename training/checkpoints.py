@@ -27,13 +27,15 @@ def save_captioner(model, processor, output_dir: str | Path, half: bool = False,
         ValueError: if a weight is not finite, before anything is written.
     """
     output_dir = Path(output_dir)
-    state = {name: t.half() if half and t.is_floating_point() else t for name, t in model.state_dict().items()}
+    state = model.state_dict()
+    if half:  # tensors that are tied stay tied, or they would be written twice
+        halves = {t.data_ptr(): t.half() for t in state.values() if t.is_floating_point()}
+        state = {name: halves.get(t.data_ptr(), t) for name, t in state.items()}
     broken = [name for name, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
         raise ValueError(f"not saved: NaN or infinite values in {', '.join(broken[:5])} (fp16: {half})")
     temporary = output_dir.with_name(output_dir.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    # Shards count 45 MB = 45,000,000 bytes
     model.save_pretrained(temporary, state_dict=state, max_shard_size=max_shard_size)
     processor.save_pretrained(temporary)
     config = json.loads((temporary / "config.json").read_text())

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.decoding_blip_rbm import word_columns, words_said
@@ -225,9 +226,7 @@ def train(accelerator, model, train_set, held_back, settings: RBMArguments):
     loader = torch.utils.data.DataLoader(train_set, settings.batch_size, shuffle=True)
     objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
     steps = settings.epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer.optimizer, settings.learning_rate, steps, pct_start=1 / max(2, settings.epochs), cycle_momentum=False
-    )
+    schedule = get_cosine_schedule_with_warmup(optimizer.optimizer, len(loader), steps)
     accelerator.register_for_checkpointing(schedule)
     output_dir = Path(settings.output_dir)
     state_dir, log_file, best_file = output_dir / "state", output_dir / "log.jsonl", output_dir / "best.pt"
@@ -295,7 +294,7 @@ def main():
         minutes = (time.time() - start) / 60
         write_json(
             Path(settings.output_dir) / "rbm.json",
-            {"minutes": minutes, "num_words": len(word_ids), "held_back": history, **asdict(settings), **asdict(data)},
+            {"minutes": minutes, "num_words": len(word_ids), "held_back": history, "rbm": asdict(settings), "data": asdict(data)},
         )
         print(f"{settings.output_dir}/best: {json.dumps(history[-1])}")
 

@@ -7,7 +7,7 @@ Every number here is of held-back *training* images; no validation image is look
 1. plain BLIP: how much of the words' log frequency is taken off the output bias (logit adjustment, Menon et al., ICLR 2021,
    arXiv 2007.07314), and beam search's length penalty. Of the weights whose CIDEr-D is within `tolerance` of the best,
    the one with the largest vocabulary: variety where it costs nothing. Both become part of plain BLIP, the baseline.
-2. guide: its weight, by CIDEr-D.
+2. guide: its weight, in the same way with `guide_tolerance`.
 3. re-rank: its weights on the candidates that guide gives, by a grid over the parts of each candidate's score.
 """
 
@@ -26,7 +26,7 @@ from training.checkpoints import save_captioner, write_json
 from training.data import load_pairs, split_held_back
 from training.evaluate_captions import caption_rows
 from training.features import cache_features
-from training.metrics import CiderD, corpus_diversity
+from training.metrics import CiderD, bleu, corpus_diversity
 from training.train_captioner import caption_tokens, unigram_bias
 
 
@@ -42,12 +42,11 @@ class TuningArguments:
         metadata={"help": "shares of the log frequency taken off the bias"},
     )
     length_penalty: list[float] = field(
-        default_factory=lambda: [1.0, 2.0], metadata={"help": "beam search's length penalties tried"}
+        default_factory=lambda: [1.0, 1.4], metadata={"help": "beam search's length penalties tried"}
     )
     tolerance: float = field(default=1.0, metadata={"help": "CIDEr-D points that plain BLIP may give for vocabulary"})
-    guidance: list[float] = field(
-        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.45], metadata={"help": "weights tried"}
-    )
+    guide_tolerance: float = field(default=0.5, metadata={"help": "the same for guide, before re-rank"})
+    guidance: list[float] = field(default_factory=lambda: [0.0, 0.03, 0.06, 0.1], metadata={"help": "weights tried"})
     order: str = field(default="second", metadata={"help": "how word gains are computed: exact, second, first"})
     half: bool = field(default=False, metadata={"help": "store fp16 weights"})
 
@@ -103,11 +102,12 @@ class HeldBack:
 
     def __init__(self, processor, store, rows, references, **generate_kwargs):
         self.processor, self.store, self.rows, self.generate_kwargs = processor, store, rows, generate_kwargs
-        self.scorer = CiderD(references)
+        self.scorer, self.references = CiderD(references), references
 
     def measure(self, model, **settings) -> dict[str, float]:
         captions = caption_rows(model, self.processor, self.store, self.rows, **self.generate_kwargs, **settings)
-        entry = {"cider": 100 * self.scorer.scores(captions).mean(), **corpus_diversity(captions)}
+        entry = {"cider": 100 * self.scorer.scores(captions).mean(), "bleu_4": 100 * bleu(captions, self.references)[3]}
+        entry |= corpus_diversity(captions)
         print(json.dumps(settings | entry))
         return settings | entry
 
@@ -148,13 +148,14 @@ def main():
     captions = dataset["captions"][:]
     tokens = [token for i in train_rows for ids in caption_tokens(processor, captions[i]) for token in ids[1:]]
     log_frequency = unigram_bias(tokens, config.text_config.vocab_size, least=5.0)
+    model.generation_config.max_length = None  # max_new_tokens takes its place
     model.generation_config.num_beams, model.generation_config.max_new_tokens = args.num_beams, args.max_new_tokens
     held_back = HeldBack(processor, store, rows, [captions[row] for row in rows])
     config.rbm_guidance_order, config.rbm_rerank_candidates = args.order, args.candidates
 
     plain = tune_plain(model, held_back, log_frequency, args)
     guide = [held_back.measure(model, rbm_guidance=beta, rbm_rerank=False) for beta in args.guidance]
-    config.rbm_guidance = max(guide, key=lambda entry: entry["cider"])["rbm_guidance"]
+    config.rbm_guidance = most_varied(guide, args.guide_tolerance)["rbm_guidance"]
     outputs, parts = candidate_parts(model, processor, store, rows, args.candidates)
     cider = np.array([[held_back.scorer.score(i, text) for text in of_image] for i, of_image in enumerate(outputs)])
     chosen, tried = tune_rerank(parts, cider)

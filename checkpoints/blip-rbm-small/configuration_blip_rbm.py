@@ -1,0 +1,177 @@
+"""The configuration of BLIP-RBM: BLIP's, with any vision tower, and the RBM's."""
+
+from transformers import AutoConfig, BlipConfig, BlipTextConfig, BlipVisionConfig, PretrainedConfig
+
+from .rbm import WORD_GAIN_ORDERS
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_blip_rbm.BlipRBMConfig",
+    "AutoModel": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
+    "AutoModelForVision2Seq": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
+    "AutoProcessor": "processing_blip_rbm.BlipRBMProcessor",
+}
+CUSTOM_PIPELINES = {
+    "image-to-text": {
+        "impl": "pipeline_blip_rbm.BlipRBMImageToTextPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
+TOWERS_WITH_CLS = ("blip_vision_model", "dinov2", "dinov2_with_registers", "clip_vision_model", "vit", "deit", "beit")
+
+
+def _tower_config(vision_config) -> PretrainedConfig:
+    if vision_config is None:
+        return BlipVisionConfig()
+    if isinstance(vision_config, PretrainedConfig):
+        return vision_config
+    settings = dict(vision_config)
+    model_type = settings.pop("model_type", BlipVisionConfig.model_type)
+    if model_type == BlipVisionConfig.model_type:  # AutoConfig knows only whole BLIPs
+        return BlipVisionConfig(**settings)
+    return AutoConfig.for_model(model_type, **settings)
+
+
+class BlipRBMConfig(BlipConfig):
+    """Configuration of [`BlipRBMForConditionalGeneration`].
+
+    Args:
+        text_config (`dict` or `BlipTextConfig`): BLIP's text decoder. For a vision tower that is not BLIP's, its
+            `encoder_hidden_size` is the width D to which the tower's output is projected.
+        vision_config (`dict` or `PretrainedConfig`): BLIP's vision encoder by default, or any vision config that
+            transformers knows (`{"model_type": "efficientnet", ...}`).
+        num_image_tokens (`int`, *optional*): N, tokens that a tower other than BLIP's gives for an image. `None`: the
+            model finds out when it is built.
+        vision_hidden_size (`int`, *optional*): C, their width; found out likewise.
+        rbm_word_ids (`list[int]`, *optional*): token ids of the K words of the word block, ascending and unique. None:
+            an RBM of the image alone, which can refine but neither guide nor re-rank.
+        rbm_hidden_size (`int`, defaults to 512): H.
+        rbm_visible_type (`str`, defaults to "gaussian"): units of the image block, "gaussian" or "binary".
+        rbm_pooling (`str`, *optional*): how the tower's tokens (B, N, C) become the image block: "cls_mean" ([CLS ;
+            mean of the other tokens], V = 2C) or "mean" (V = C). Default: "cls_mean" for towers with a CLS token.
+        rbm_visible_size (`int`, *optional*): V. Follows from tower and pooling; given, it must agree.
+        rbm_guidance (`float`, defaults to 0.0): beta, weight of the word gains (nats) on the decoder's logits. 0: off.
+        rbm_guidance_clip (`float`, defaults to 5.0): bound on a word's gain, in nats.
+        rbm_guidance_order (`str`, defaults to "second"): how the gains are computed: "exact", or expanded in the word
+            weights to "second" or "first" order, which is two orders of magnitude cheaper.
+        rbm_rerank (`bool`, defaults to `False`): return the best of the candidates by decoder, RBM and consensus.
+        rbm_rerank_candidates (`int`, defaults to 10): beams (or samples) among which to choose, at least.
+        rbm_rerank_pmi (`float`, defaults to 0.0): weight of the RBM's pointwise mutual information (nats).
+        rbm_rerank_consensus (`float`, defaults to 0.0): weight of the mean Jaccard similarity to the other candidates.
+        rbm_rerank_length_penalty (`float`, defaults to 1.0): alpha in log P / length^alpha.
+
+    Raises:
+        ValueError: for an impossible value, saying which, and what is allowed.
+    """
+
+    model_type = "blip_rbm"
+    # What Trainer.predict must not hoard: (B, N, D) per image.
+    keys_to_ignore_at_inference = ["past_key_values", "image_embeds", "hidden_states", "attentions", "cross_attentions"]
+
+    def __init__(
+        self,
+        text_config=None,
+        vision_config=None,
+        num_image_tokens=None,
+        vision_hidden_size=None,
+        rbm_word_ids=None,
+        rbm_hidden_size=512,
+        rbm_visible_type="gaussian",
+        rbm_pooling=None,
+        rbm_visible_size=None,
+        rbm_guidance=0.0,
+        rbm_guidance_clip=5.0,
+        rbm_guidance_order="second",
+        rbm_rerank=False,
+        rbm_rerank_candidates=10,
+        rbm_rerank_pmi=0.0,
+        rbm_rerank_consensus=0.0,
+        rbm_rerank_length_penalty=1.0,
+        **kwargs,
+    ):
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs.setdefault("custom_pipelines", {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()})
+        tower = _tower_config(vision_config)
+        if text_config is not None and not isinstance(text_config, dict):
+            text_config = text_config.to_dict()
+        own_tower = tower.model_type == BlipVisionConfig.model_type
+        width = tower.hidden_size if own_tower else (text_config or {}).get("encoder_hidden_size")
+        # BlipConfig ties encoder_hidden_size to the hidden_size of a BlipVisionConfig, so both are set after it.
+        super().__init__(text_config=text_config, vision_config=None, **kwargs)
+        self.vision_config = tower
+        self.text_config.encoder_hidden_size = width or self.text_config.hidden_size
+
+        self.num_image_tokens = num_image_tokens
+        self.vision_hidden_size = tower.hidden_size if own_tower else vision_hidden_size
+        self.rbm_word_ids = list(rbm_word_ids or [])
+        self.rbm_hidden_size = rbm_hidden_size
+        self.rbm_visible_type = rbm_visible_type
+        self.rbm_pooling = rbm_pooling or ("cls_mean" if tower.model_type in TOWERS_WITH_CLS else "mean")
+        self.rbm_visible_size = rbm_visible_size
+        self.rbm_guidance = rbm_guidance
+        self.rbm_guidance_clip = rbm_guidance_clip
+        self.rbm_guidance_order = rbm_guidance_order
+        self.rbm_rerank = rbm_rerank
+        self.rbm_rerank_candidates = rbm_rerank_candidates
+        self.rbm_rerank_pmi = rbm_rerank_pmi
+        self.rbm_rerank_consensus = rbm_rerank_consensus
+        self.rbm_rerank_length_penalty = rbm_rerank_length_penalty
+        self._check()
+        if self.vision_hidden_size is not None:
+            self.set_visible_size()
+
+    def set_visible_size(self):
+        """V from the tower's width and the pooling. The model calls it once it knows the tower's width.
+
+        Raises:
+            ValueError: if another V was asked for: the RBM would not fit the encoder.
+        """
+        size = self.vision_hidden_size * (2 if self.rbm_pooling == "cls_mean" else 1)
+        if self.rbm_visible_size not in (None, size):
+            raise ValueError(
+                f"rbm_visible_size is {self.rbm_visible_size}, but tokens of width {self.vision_hidden_size} from the "
+                f"{self.vision_config.model_type} tower, pooled by {self.rbm_pooling!r}, give {size} units. Leave "
+                "rbm_visible_size out, or change rbm_pooling ('mean' or 'cls_mean')."
+            )
+        self.rbm_visible_size = size
+
+    @property
+    def has_blip_tower(self) -> bool:
+        """Whether the vision tower is BLIP's own: then its output goes to the decoder as it is, without projector."""
+        return self.vision_config.model_type == BlipVisionConfig.model_type
+
+    def _check(self):
+        def check(name, ok, allowed):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
+
+        def is_int(value, least):
+            return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+        def is_number(value, least=float("-inf")):
+            return isinstance(value, (int, float)) and least <= value < float("inf")
+
+        ids, vocab_size = self.rbm_word_ids, self.text_config.vocab_size
+        for name in ("num_image_tokens", "vision_hidden_size", "rbm_visible_size"):
+            check(name, getattr(self, name) is None or is_int(getattr(self, name), 1), "an int from 1, or None")
+        check(
+            "rbm_word_ids",
+            ids == sorted(set(ids)) and (not ids or (0 <= ids[0] and ids[-1] < vocab_size)),
+            f"token ids, ascending, unique, from 0 to {vocab_size - 1}",
+        )
+        check("rbm_hidden_size", is_int(self.rbm_hidden_size, 1), "an int from 1")
+        check("rbm_visible_type", self.rbm_visible_type in ("gaussian", "binary"), "'gaussian', 'binary'")
+        check("rbm_pooling", self.rbm_pooling in ("cls_mean", "mean"), "'cls_mean', 'mean'")
+        check("rbm_guidance", is_number(self.rbm_guidance), "a finite number")
+        check("rbm_guidance_clip", is_number(self.rbm_guidance_clip, 0), "a finite number from 0")
+        check("rbm_guidance_order", self.rbm_guidance_order in WORD_GAIN_ORDERS, ", ".join(WORD_GAIN_ORDERS))
+        check("rbm_rerank_candidates", is_int(self.rbm_rerank_candidates, 1), "an int from 1")
+        for name in ("rbm_rerank_pmi", "rbm_rerank_consensus", "rbm_rerank_length_penalty"):
+            check(name, is_number(getattr(self, name)), "a finite number")
+
+
+BlipRBMConfig.register_for_auto_class()
+
+__all__ = ["BlipRBMConfig", "BlipTextConfig", "BlipVisionConfig"]

@@ -1,0 +1,576 @@
+"""BLIP-RBM: what differs from `transformers.BlipForConditionalGeneration`, and nothing else.
+
+    pixel_values -> vision_model -> [projector] -> RBM layer -> text_decoder -> caption
+                                                   |- refine: the hidden causes shift image_embeds
+                                                   |- guide: word gains on the logits     } decoding_blip_rbm.py
+                                                   '- re-rank: candidates by free energy  }
+
+Axes: B images, N image tokens, C width of the vision tower's output, D width that the decoder attends to,
+T text tokens, V = 2C or C pooled image units, H hidden causes, K words of the RBM.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoModel,
+    BlipForConditionalGeneration,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+from transformers.models.blip.modeling_blip import BlipVisionModel
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
+from transformers.utils import ModelOutput, can_return_tuple, logging
+
+from .configuration_blip_rbm import BlipRBMConfig
+from .decoding_blip_rbm import ContextLimit, RBMGuidance, consensus, rerank_scores, word_columns, words_said
+from .rbm import JointRBM, pointwise_mutual_information, word_gains
+
+
+try:  # transformers 5: initialises only what a checkpoint did not give
+    from transformers import initialization as init
+except ImportError:
+    from torch.nn import init
+
+logger = logging.get_logger(__name__)
+
+
+def _files_of_the_package():  # never called: transformers copies along with a model the files that its code imports
+    from .pipeline_blip_rbm import BlipRBMImageToTextPipeline  # noqa: F401
+    from .processing_blip_rbm import BlipRBMProcessor  # noqa: F401
+
+
+@dataclass
+class BlipRBMOutput(ModelOutput):
+    """What the forward pass returns. `image_embeds` (B, N, D) is what the decoder attended to."""
+
+    loss: Optional[torch.FloatTensor] = None
+    logits: Optional[torch.FloatTensor] = None
+    past_key_values: Optional[object] = None
+    image_embeds: Optional[torch.FloatTensor] = None
+    hidden_states: Optional[tuple] = None
+    attentions: Optional[tuple] = None
+    cross_attentions: Optional[tuple] = None
+
+
+class ImageEncoding(NamedTuple):
+    """An image, encoded once."""
+
+    image_embeds: torch.Tensor  # (B, N, D) what the decoder attends to
+    hidden_input: torch.Tensor  # a (B, H), the RBM's hidden input from the image alone
+
+
+def vision_tokens(outputs) -> torch.Tensor:
+    """(B, N, C) of a vision tower's output: a token sequence as it is, a feature map (B, C, H, W) row by row."""
+    states = outputs.last_hidden_state
+    return states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
+
+
+def pool_tokens(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
+    """(B, N, C) -> (B, 2C) [CLS ; mean of the others] for "cls_mean" (SAIL, arXiv 2412.04616), (B, C) for "mean"."""
+    if pooling == "mean":
+        return tokens.mean(1)
+    return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=-1)
+
+
+def caption_loss(logits, labels, label_smoothing: float = 0.0):
+    """Mean next-token cross entropy (nats) over the labels that are not -100. logits (B, T, vocabulary), labels (B, T)."""
+    logits, labels = logits[:, :-1], labels[:, 1:].to(logits.device)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), label_smoothing=label_smoothing)
+
+
+class VisionProjector(nn.Module):
+    """From the tokens of a tower that is not BLIP's to what BLIP's decoder attends to: the Llava pattern."""
+
+    def __init__(self, num_tokens: int, in_size: int, out_size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(in_size)
+        self.linear = nn.Linear(in_size, out_size)
+        self.output_norm = nn.LayerNorm(out_size)
+        self.position = nn.Parameter(torch.zeros(num_tokens, out_size))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, N, C) -> (B, N, D)
+        if tokens.shape[1] != self.position.shape[0]:
+            raise ValueError(
+                f"the vision tower gave {tokens.shape[1]} tokens an image, but the model was built for "
+                f"{self.position.shape[0]}: resize images to what the processor of this model says"
+            )
+        return self.output_norm(self.linear(self.norm(tokens))) + self.position
+
+
+class RBMLayer(nn.Module):
+    """The RBM between vision tower and decoder, and the one way in which it changes image_embeds: `refine`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.pooling = config.rbm_pooling
+        self.rbm = JointRBM(
+            config.rbm_visible_size, len(config.rbm_word_ids), config.rbm_hidden_size, config.rbm_visible_type
+        )
+        self.shift = nn.Linear(config.rbm_hidden_size, config.text_config.encoder_hidden_size, bias=False)
+        self.gate = nn.Parameter(torch.zeros(1))  # 0: refine is the identity, and so a converted BLIP is BLIP
+
+    def hidden_input(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, N, C) -> a (B, H)
+        return self.rbm.hidden_input(self.rbm.standardise(pool_tokens(tokens, self.pooling)))
+
+    def refine(self, image_embeds: torch.Tensor, hidden_input: torch.Tensor) -> torch.Tensor:  # (B, N, D)
+        causes = torch.sigmoid(hidden_input).to(self.shift.weight.dtype)
+        return image_embeds + (self.gate * self.shift(causes))[:, None].to(image_embeds.dtype)
+
+
+class MaskedCrossAttention(BlipTextSelfAttention):
+    """BLIP's cross-attention, which loses the image tokens' mask: it arrives under the name that is not read."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        return super().forward(hidden_states, encoder_attention_mask=attention_mask, **kwargs)
+
+
+def _tower_output_shape(config) -> tuple[int, int]:
+    """(N, C) that the tower of this config gives for an image, found by running it without weights or arithmetic."""
+    size = getattr(config.vision_config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.device("meta"):
+        tower = AutoModel.from_config(config.vision_config).eval()
+        channels = getattr(config.vision_config, "num_channels", 3)
+        return tuple(vision_tokens(tower(pixel_values=torch.zeros(1, channels, height, width))).shape[1:])
+
+
+class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMixin):
+    """BLIP with an RBM between its vision encoder and its text decoder.
+
+    Differs from [`BlipForConditionalGeneration`] in: any vision tower; `RBMLayer`; the image is encoded once and
+    the *top-level* forward decodes, so generation_config, eos and pad arguments and export work; a loss that masks
+    pads and is right under gradient accumulation; prompts of different lengths in one batch.
+    """
+
+    config_class = BlipRBMConfig
+    main_input_name = "input_ids"  # of the forward that decodes
+    accepts_loss_kwargs = False  # the loss is a mean over this batch: Trainer must divide by the accumulation steps
+    _keep_in_fp32_modules = ["rbm_layer"]  # energies are differences of large sums
+    _no_split_modules = ["BlipEncoderLayer", "BlipTextEmbeddings", "BlipTextLayer", "RBMLayer", "VisionProjector"]
+
+    def __init__(self, config):
+        # BlipForConditionalGeneration.__init__ would build BLIP's tower whatever the config says
+        super(BlipForConditionalGeneration, self).__init__(config)
+        if config.has_blip_tower:
+            self.vision_model = BlipVisionModel(config.vision_config)
+            self.projector = None
+        else:
+            if config.num_image_tokens is None or config.vision_hidden_size is None:
+                config.num_image_tokens, config.vision_hidden_size = _tower_output_shape(config)
+            self.vision_model = AutoModel.from_config(config.vision_config)
+            self.projector = VisionProjector(
+                config.num_image_tokens, config.vision_hidden_size, config.text_config.encoder_hidden_size
+            )
+        self.text_decoder = BlipTextLMHeadModel(config.text_config)
+        for i, layer in enumerate(self.text_decoder.bert.encoder.layer):
+            layer.crossattention.self = MaskedCrossAttention(config.text_config, True, layer_idx=i)
+        config.set_visible_size()
+        self.rbm_layer = RBMLayer(config)
+
+        self.decoder_input_ids = config.text_config.bos_token_id
+        self.decoder_pad_token_id = config.text_config.pad_token_id
+        self.post_init()
+        self.generation_config = blip_generation_config(config)
+
+    # ------------------------------------------------------------------ weights: initial, loaded, converted
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, JointRBM):
+            module.reset_parameters(init)
+        elif isinstance(module, RBMLayer):
+            init.zeros_(module.gate)
+        elif isinstance(module, VisionProjector):
+            init.normal_(module.position, mean=0.0, std=self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As transformers' own. Says so if the checkpoint has no RBM, and refuses weights that are not finite."""
+        kwargs["output_loading_info"] = True
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        without = sorted(name for name in info["missing_keys"] if name.startswith("rbm_layer."))
+        if without:
+            logger.warning(
+                f"{pretrained_model_name_or_path} has no RBM weights ({', '.join(without)}). They were initialised as "
+                "the identity: captions are those of BLIP until the RBM is trained (training/train_rbm.py)."
+            )
+        broken = [n for n, t in model.state_dict().items() if t.is_floating_point() and not torch.isfinite(t).all()]
+        if broken:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has NaN or infinite values in {', '.join(broken[:5])}"
+                f"{' and others' if len(broken) > 5 else ''}. The file is damaged or training diverged: use an "
+                "earlier checkpoint."
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_blip(cls, blip: Union[str, Path, BlipForConditionalGeneration], **rbm_settings):
+        """Convert any BLIP captioning checkpoint: same tokens out, until the RBM is trained and switched on.
+
+        Args:
+            blip: folder, Hub id, or a `BlipForConditionalGeneration`.
+            rbm_settings: of [`BlipRBMConfig`], such as `rbm_word_ids` and `rbm_hidden_size`.
+        """
+        if not isinstance(blip, BlipForConditionalGeneration):
+            blip = BlipForConditionalGeneration.from_pretrained(blip)
+        settings = blip.config.to_dict()
+        for name in ("model_type", "architectures", "auto_map", "custom_pipelines", "transformers_version"):
+            settings.pop(name, None)
+        model = cls(BlipRBMConfig(**{**settings, **rbm_settings})).to(blip.dtype)
+        missing, unexpected = model.load_state_dict(blip.state_dict(), strict=False)
+        wrong = [name for name in missing if not name.startswith("rbm_layer.")] + unexpected
+        if wrong:
+            raise ValueError(f"not a BLIP captioning model: weights without a counterpart: {', '.join(wrong[:5])}")
+        return model.eval()
+
+    # ------------------------------------------------------------------ the image, once
+
+    def encode_image(
+        self, pixel_values=None, vision_hidden_states=None, interpolate_pos_encoding: bool = False, rbm: bool = True
+    ) -> ImageEncoding:
+        """What the decoder attends to, and the RBM's hidden input.
+
+        Args:
+            pixel_values (B, 3, S, S): or else
+            vision_hidden_states (B, N, C): the vision tower's output, computed before (`training/features.py`).
+            rbm: False leaves image_embeds as BLIP has them.
+        """
+        if (pixel_values is None) == (vision_hidden_states is None):
+            raise ValueError("give either pixel_values or vision_hidden_states (the tower's cached output)")
+        if vision_hidden_states is None:
+            extra = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+            vision_hidden_states = vision_tokens(self.vision_model(pixel_values.to(self.dtype), **extra))
+        tokens = vision_hidden_states.to(self.dtype)
+        image_embeds = tokens if self.projector is None else self.projector(tokens)
+        hidden_input = self.rbm_layer.hidden_input(tokens)
+        if rbm:
+            image_embeds = self.rbm_layer.refine(image_embeds, hidden_input)
+        return ImageEncoding(image_embeds, hidden_input)
+
+    @torch.no_grad()
+    def image_words(self, hidden_input: torch.Tensor, top_k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+        """The RBM's most probable words for images of which nothing has been said.
+
+        Returns:
+            P(w_k = 1 | x, no other word) of the top_k words, descending, and their token ids: both (B, top_k).
+        """
+        p = self.rbm_layer.rbm.parameters_fp32
+        if p.U is None:
+            raise ValueError("this RBM has no words: its config's rbm_word_ids is empty")
+        prob = torch.sigmoid(p.b + word_gains(p, hidden_input))
+        values, columns = prob.topk(min(top_k, prob.shape[-1]), dim=-1)
+        return values, torch.tensor(self.config.rbm_word_ids, device=columns.device)[columns]
+
+    @torch.no_grad()
+    def image_free_energy(self, pixel_values=None, vision_hidden_states=None) -> torch.Tensor:
+        """F(x) (B,) of the image block alone, in nats: high for images unlike those that the RBM was trained on."""
+        if vision_hidden_states is None:
+            vision_hidden_states = vision_tokens(self.vision_model(pixel_values.to(self.dtype)))
+        rbm = self.rbm_layer.rbm
+        return rbm.free_energy(rbm.standardise(pool_tokens(vision_hidden_states, self.config.rbm_pooling)))
+
+    # ------------------------------------------------------------------ forward: loss, or one step of decoding
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Optional[torch.Tensor] = None,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.LongTensor] = None,
+        labels: Optional[torch.LongTensor] = None,
+        interpolate_pos_encoding: bool = False,
+        logits_to_keep: Union[int, torch.Tensor] = 0,
+        vision_hidden_states: Optional[torch.Tensor] = None,
+        image_embeds: Optional[torch.Tensor] = None,
+        encoder_attention_mask: Optional[torch.Tensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        past_key_values=None,
+        use_cache: Optional[bool] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+    ) -> BlipRBMOutput:
+        """
+        Args:
+            pixel_values (B, 3, S, S), vision_hidden_states (B, N, C) or image_embeds (B, N, D): the image as pixels,
+                as the vision tower's output, or as the decoder sees it (`encode_image`).
+            input_ids (B, T): [DEC] w1 ... wn [SEP], as the processor makes them.
+            attention_mask (B, T): 0 on pads. A 4D mask (B, 1, T, T), added to attention scores, is used as it is.
+            labels (B, T): same layout as input_ids; -100 and pads do not count. Alone, they stand for input_ids too.
+            encoder_attention_mask (B, N): image tokens to attend to.
+
+        Returns:
+            [`BlipRBMOutput`]; `loss` in nats per token, with `text_config.label_smoothing`.
+        """
+        if image_embeds is None:
+            image_embeds = self.encode_image(pixel_values, vision_hidden_states, interpolate_pos_encoding).image_embeds
+        if labels is not None:
+            labels = self._masked_labels(labels, attention_mask)
+            if input_ids is None:
+                input_ids = self._input_ids_from_labels(labels)
+        elif input_ids is None:
+            input_ids = torch.full((image_embeds.shape[0], 1), self.decoder_input_ids, device=image_embeds.device)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+
+        outputs = self.text_decoder.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            encoder_hidden_states=image_embeds,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache if labels is None else False,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            is_decoder=True,
+            return_dict=True,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.text_decoder.cls(outputs.last_hidden_state[:, keep])
+        loss = None if labels is None else caption_loss(logits, labels, self.config.text_config.label_smoothing)
+        return BlipRBMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            image_embeds=image_embeds,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+    def _masked_labels(self, labels, attention_mask):
+        ignored = labels == self.decoder_pad_token_id
+        if attention_mask is not None and attention_mask.dim() == 2:
+            ignored = ignored | (attention_mask == 0)
+        return labels.masked_fill(ignored, -100)
+
+    def _input_ids_from_labels(self, labels):
+        counted = labels[:, 1:] != -100
+        if (counted[:, 1:] & ~counted[:, :-1]).any():
+            raise ValueError(
+                "labels without input_ids must hold the whole caption, but they mask (-100) tokens before others that "
+                "count, such as a prompt: pass input_ids as well"
+            )
+        input_ids = labels.masked_fill(labels == -100, self.decoder_pad_token_id)
+        input_ids[:, 0] = self.decoder_input_ids  # masked_fill made a copy: the caller's labels stay as they are
+        return input_ids
+
+    # ------------------------------------------------------------------ generate
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        image_embeds=None,
+        encoder_attention_mask=None,
+        use_cache=True,
+        logits_to_keep=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        **kwargs,
+    ):
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return {
+            "input_ids": input_ids[:, past_length:],
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "image_embeds": image_embeds,
+            "encoder_attention_mask": encoder_attention_mask,
+            "use_cache": use_cache,
+            "logits_to_keep": 1,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+
+    def get_output_embeddings(self):
+        return self.text_decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.text_decoder.set_output_embeddings(value)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Optional[torch.Tensor] = None,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.LongTensor] = None,
+        interpolate_pos_encoding: bool = False,
+        vision_hidden_states: Optional[torch.Tensor] = None,
+        encoding: Optional[ImageEncoding] = None,
+        rbm: bool = True,
+        rbm_guidance: Optional[float] = None,
+        rbm_rerank: Optional[bool] = None,
+        logits_processor: Optional[LogitsProcessorList] = None,
+        stopping_criteria: Optional[StoppingCriteriaList] = None,
+        **generate_kwargs,
+    ):
+        """Captions of images, with the RBM's strategies.
+
+        Args:
+            pixel_values (B, 3, S, S): or `vision_hidden_states` (B, N, C), or `encoding` from `encode_image`.
+            input_ids (B, T): prompts, of any lengths (padded on either side); a final [SEP] is dropped and the first
+                token becomes [DEC]. Not changed in place.
+            rbm: False switches refine, guide and re-rank off together: plain BLIP.
+            rbm_guidance: beta of `guide` in place of `config.rbm_guidance`.
+            rbm_rerank: `re-rank` on or off in place of `config.rbm_rerank`. Candidates are beams (num_beams is raised
+                to `config.rbm_rerank_candidates`), or samples with `do_sample=True`.
+            generate_kwargs: of `GenerationMixin.generate`: num_beams, max_new_tokens, eos_token_id, ...
+
+        Returns:
+            token ids (B * num_return_sequences, T), or with `return_dict_in_generate=True` an output whose
+            `rerank_scores` (B * num_return_sequences) are those that chose.
+
+        Raises:
+            ValueError: if the prompt leaves no room for a new token, or the RBM cannot do what is asked.
+        """
+        beta = (self.config.rbm_guidance if rbm_guidance is None else rbm_guidance) if rbm else 0.0
+        rerank = (self.config.rbm_rerank if rbm_rerank is None else rbm_rerank) if rbm else False
+        if (beta or rerank) and not self.config.rbm_word_ids:
+            raise ValueError("rbm_guidance and rbm_rerank need an RBM with words, but config.rbm_word_ids is empty")
+        if encoding is None:
+            encoding = self.encode_image(pixel_values, vision_hidden_states, interpolate_pos_encoding, rbm)
+        if input_ids is None:
+            device = encoding.image_embeds.device
+            input_ids = torch.full((encoding.image_embeds.shape[0], 1), self.decoder_input_ids, device=device)
+            attention_mask = torch.ones_like(input_ids)
+        else:
+            input_ids, attention_mask = self._left_padded_prompts(input_ids, attention_mask)
+
+        limit = self.config.text_config.max_position_embeddings
+        logits_processor = LogitsProcessorList(logits_processor or [])
+        if beta:
+            logits_processor.append(self._guidance(encoding.hidden_input, beta))
+        generate_kwargs.update(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_embeds=encoding.image_embeds,
+            logits_processor=logits_processor,
+            stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), ContextLimit(limit)]),
+        )
+        if rerank:
+            return self._generate_reranked(encoding, **generate_kwargs)
+        return GenerationMixin.generate(self, **generate_kwargs)
+
+    def _left_padded_prompts(self, input_ids, attention_mask):
+        """Per row: pads and a final [SEP] dropped, first token [DEC]; then padded on the left. New tensors."""
+        if isinstance(input_ids, list):
+            input_ids = torch.tensor(input_ids, device=self.device)
+        if attention_mask is None:
+            attention_mask = (input_ids != self.decoder_pad_token_id).long()
+        sep, limit = self.config.text_config.sep_token_id, self.config.text_config.max_position_embeddings
+        rows = []
+        for ids, mask in zip(input_ids, attention_mask):
+            ids = ids[mask.bool()]
+            ids = ids[:-1] if len(ids) > 1 and ids[-1] == sep else ids
+            if len(ids) >= limit:
+                raise ValueError(
+                    f"the prompt has {len(ids)} tokens, but the decoder's context has {limit}, of which at least one "
+                    "must be left for the caption: shorten the prompt"
+                )
+            rows.append(torch.cat([ids.new_tensor([self.decoder_input_ids]), ids[1:]]))
+        longest = max(len(row) for row in rows)
+        ids = torch.stack([F.pad(row, (longest - len(row), 0), value=self.decoder_pad_token_id) for row in rows])
+        mask = torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
+        return ids, mask
+
+    def _guidance(self, hidden_input, beta: float) -> RBMGuidance:
+        config = self.config
+        return RBMGuidance(
+            self.rbm_layer.rbm.parameters_fp32,
+            hidden_input,
+            config.rbm_word_ids,
+            config.text_config.vocab_size,
+            beta,
+            config.rbm_guidance_clip,
+            config.rbm_guidance_order,
+        )
+
+    @torch.no_grad()
+    def score_captions(self, encoding: ImageEncoding, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log P(caption | image) by the decoder alone, in nats.
+
+        Args:
+            sequences (B * n, T): as `generate` returns them, an image's n captions adjacent. Pads on the left, and
+                whatever follows the first [SEP] (transformers 5 fills beams up with it), do not count.
+
+        Returns:
+            log-probability (B * n,) and number of tokens scored (B * n,), [SEP] included.
+        """
+        is_sep = (sequences == self.config.text_config.sep_token_id).long()
+        before_end = is_sep.cumsum(1) - is_sep == 0
+        mask = (before_end & (sequences != self.decoder_pad_token_id)).long()
+        image_embeds = encoding.image_embeds.repeat_interleave(len(sequences) // len(encoding.image_embeds), 0)
+        logits = self(input_ids=sequences, attention_mask=mask, image_embeds=image_embeds, use_cache=False).logits
+        log_prob = logits[:, :-1].float().log_softmax(-1).gather(-1, sequences[:, 1:, None])[..., 0]
+        counted = mask[:, 1:] * mask[:, :-1]
+        return (log_prob * counted).sum(-1), counted.sum(-1)
+
+    def _generate_reranked(self, encoding: ImageEncoding, **kwargs):
+        config = self.config
+        settings = kwargs.get("generation_config") or self.generation_config
+
+        def setting(name, default):
+            value = kwargs.get(name)
+            value = getattr(settings, name, None) if value is None else value
+            return default if value is None else value
+
+        wanted, num_beams = setting("num_return_sequences", 1), setting("num_beams", 1)
+        n = max(config.rbm_rerank_candidates, wanted)
+        kwargs["num_return_sequences"] = n
+        if not setting("do_sample", False) or num_beams > 1:
+            kwargs["num_beams"] = max(num_beams, n)
+        outputs = GenerationMixin.generate(self, **kwargs)
+        as_dict = isinstance(outputs, ModelOutput)
+        sequences = outputs.sequences if as_dict else outputs
+        scores = self.candidate_scores(encoding, sequences)  # (B, n)
+        best, order = scores.topk(wanted, dim=1)
+        rows = (order + n * torch.arange(len(order), device=order.device)[:, None]).flatten()
+        if not as_dict:
+            return sequences[rows]
+        outputs.sequences = sequences[rows]
+        for name in ("sequences_scores", "beam_indices"):
+            if getattr(outputs, name, None) is not None:
+                outputs[name] = getattr(outputs, name)[rows]
+        outputs["rerank_scores"] = best.flatten()
+        return outputs
+
+    def candidate_scores(self, encoding: ImageEncoding, sequences: torch.Tensor) -> torch.Tensor:
+        """(B, n) by which re-rank chooses among the candidates (B * n, T) of B images."""
+        config, p = self.config, self.rbm_layer.rbm.parameters_fp32
+        text = config.text_config
+        n = len(sequences) // len(encoding.image_embeds)
+        log_prob, length = self.score_captions(encoding, sequences)
+        columns = word_columns(config.rbm_word_ids, text.vocab_size, sequences.device)
+        words = words_said(sequences, columns, len(config.rbm_word_ids)).view(-1, n, len(config.rbm_word_ids))
+        return rerank_scores(
+            log_prob.view(-1, n),
+            length.view(-1, n),
+            pointwise_mutual_information(p, encoding.hidden_input[:, None], words),
+            consensus(sequences.view(-1, n, sequences.shape[-1]), (text.pad_token_id, text.sep_token_id)),
+            config.rbm_rerank_length_penalty,
+            config.rbm_rerank_pmi,
+            config.rbm_rerank_consensus,
+        )
+
+
+def blip_generation_config(config) -> GenerationConfig:
+    """What stock BLIP hard-codes in `generate`, as a generation config that a caller can override."""
+    text = config.text_config
+    return GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.sep_token_id, pad_token_id=text.pad_token_id
+    )
+
+
+BlipRBMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["BlipRBMForConditionalGeneration", "BlipRBMOutput", "ImageEncoding"]

@@ -1,0 +1,301 @@
+"""The restricted Boltzmann machine over an image, the words of its caption, and hidden causes.
+
+Everything above `JointRBM` is a pure function, tensors in and tensors out, *per sample*: no energy is ever averaged or
+divided by the batch size here; a loss does that once. `JointRBM` only owns the parameters.
+
+Axes: B samples (any leading shape), V image units, K words, H hidden units.
+
+One machine with two visible blocks, each of which may be absent (`None`):
+
+    image block  x (B, V)   Gaussian units with variance s^2, or binary units
+    word block   w (B, K)   binary units: which words a caption holds
+    hidden       h (B, H)   binary units
+
+    E(x, w, h) = 1/2 sum_i (x_i - mu_i)^2 / s_i^2  -  (x/s^2)'W h  -  w'U h  -  b'w  -  c'h        (Gaussian image)
+    E(x, w, h) = -mu'x  -  x'W h  -  w'U h  -  b'w  -  c'h                                        (binary image)
+
+Without the image block this is the textbook machine E(v, h) = -v'W h - b'v - c'h (Smolensky 1986; Hinton 2002). The
+Gaussian block follows Cho, Ilin & Raiko, ICANN 2011 (per-unit log-variance); two blocks under one hidden layer follow
+Srivastava & Salakhutdinov, NIPS 2012. Energies are dimensionless (nats).
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+LOG_VARIANCE_RANGE = (-4.6, 0.18)  # s^2 in [0.01, 1.2] for standardised x: an unbounded variance collapses or explodes
+
+
+class RBMParameters(NamedTuple):
+    """The parameters of `energy`. An absent block has `None` throughout."""
+
+    c: torch.Tensor  # (H,) hidden bias
+    U: Optional[torch.Tensor] = None  # (K, H) words - hidden
+    b: Optional[torch.Tensor] = None  # (K,) word bias
+    W: Optional[torch.Tensor] = None  # (V, H) image - hidden
+    mu: Optional[torch.Tensor] = None  # (V,) image mean (Gaussian) or image bias (binary)
+    log_var: Optional[torch.Tensor] = None  # (V,) log s^2; None: the image units are binary
+
+
+def _matches(name: str, value: torch.Tensor, weight: Optional[torch.Tensor]) -> torch.Tensor:
+    if weight is None:
+        raise ValueError(f"{name} was given, but this RBM has no such block: its weights are None")
+    if value.shape[-1] != weight.shape[0]:
+        raise ValueError(f"{name} has {value.shape[-1]} units, but the RBM has {weight.shape[0]}")
+    return value.to(weight.dtype)
+
+
+def hidden_input(p: RBMParameters, x=None, w=None) -> torch.Tensor:
+    """a (B, H) = c + W'(x/s^2) + U'w, the total input of the hidden units. Absent or `None` blocks add nothing.
+
+    Raises:
+        ValueError: if the width of `x` or `w` is not the RBM's, or that block does not exist.
+    """
+    a = p.c
+    if x is not None:
+        x = _matches("x", x, p.W)
+        a = a + (x if p.log_var is None else x * torch.exp(-p.log_var)) @ p.W
+    if w is not None:
+        a = a + _matches("w", w, p.U) @ p.U
+    return a
+
+
+def visible_energy(p: RBMParameters, x=None, w=None) -> torch.Tensor:
+    """(B,) the terms of E in which no hidden unit takes part."""
+    total = p.c.new_zeros(())
+    if x is not None:
+        x = _matches("x", x, p.W)
+        if p.log_var is None:
+            total = total - x @ p.mu
+        else:
+            total = total + 0.5 * ((x - p.mu) ** 2 * torch.exp(-p.log_var)).sum(-1)
+    if w is not None:
+        total = total - _matches("w", w, p.U) @ p.b
+    return total
+
+
+def energy(p: RBMParameters, h: torch.Tensor, x=None, w=None) -> torch.Tensor:
+    """E (B,) of complete states, as in the head of this file."""
+    return visible_energy(p, x, w) - (hidden_input(p, x, w) * h).sum(-1)
+
+
+def free_energy(p: RBMParameters, x=None, w=None) -> torch.Tensor:
+    """F (B,) = -log sum_h exp(-E): `visible_energy` - sum_j softplus(a_j)."""
+    return visible_energy(p, x, w) - F.softplus(hidden_input(p, x, w)).sum(-1)
+
+
+def prob_h_given_v(p: RBMParameters, x=None, w=None) -> torch.Tensor:
+    """q (B, H) = P(h = 1 | x, w) = sigmoid(a)."""
+    return torch.sigmoid(hidden_input(p, x, w))
+
+
+def prob_w_given_h(p: RBMParameters, h: torch.Tensor) -> torch.Tensor:
+    """(B, K) = P(w = 1 | h) = sigmoid(b + U h)."""
+    return torch.sigmoid(p.b + h @ p.U.T)
+
+
+def mean_x_given_h(p: RBMParameters, h: torch.Tensor) -> torch.Tensor:
+    """E[x | h] (B, V): mu + W h for Gaussian units (then x | h ~ N(., s^2)), sigmoid(mu + W h) for binary ones."""
+    field = p.mu + h @ p.W.T
+    return torch.sigmoid(field) if p.log_var is None else field
+
+
+def bernoulli(prob: torch.Tensor, generator: Optional[torch.Generator] = None) -> torch.Tensor:
+    """Samples in {0, 1} of the same dtype. Uniform-and-compare is several times faster than `torch.bernoulli` on CPUs."""
+    return (torch.rand(prob.shape, generator=generator, device=prob.device) < prob).to(prob.dtype)
+
+
+def sample_x_given_h(p: RBMParameters, h: torch.Tensor, generator=None) -> torch.Tensor:
+    mean = mean_x_given_h(p, h)
+    if p.log_var is None:
+        return bernoulli(mean, generator)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + noise * torch.exp(0.5 * p.log_var)
+
+
+class GibbsState(NamedTuple):
+    h: torch.Tensor  # (B, H)
+    x: Optional[torch.Tensor] = None  # (B, V)
+    w: Optional[torch.Tensor] = None  # (B, K)
+
+
+def gibbs(p: RBMParameters, state: GibbsState, steps: int, clamp=(), generator=None) -> GibbsState:
+    """Block Gibbs sampling: `steps` times the visible blocks given h, then h given them.
+
+    Args:
+        state: where the chains stand; a block that is `None` is left out of the machine altogether.
+        clamp: names among "x" and "w" of the blocks that keep their value. Clamping "x" samples P(w, h | x).
+    """
+    h, x, w = state
+    for _ in range(steps):
+        if x is not None and "x" not in clamp:
+            x = sample_x_given_h(p, h, generator)
+        if w is not None and "w" not in clamp:
+            w = bernoulli(prob_w_given_h(p, h), generator)
+        h = bernoulli(prob_h_given_v(p, x, w), generator)
+    return GibbsState(h, x, w)
+
+
+def free_energy_gradient(p: RBMParameters, x=None, w=None) -> RBMParameters:
+    """dF/dtheta summed over the batch, in closed form: the sufficient statistics of contrastive divergence.
+
+    dF/dW = -(x/s^2) q',  dF/dU = -w q',  dF/dc = -q,  dF/dmu = -(x - mu)/s^2 (binary: -x),  dF/db = -w,
+    dF/dlog_var = -1/2 (x - mu)^2/s^2 + (x/s^2) (W q).
+    """
+    q = prob_h_given_v(p, x, w)
+    grads = {"c": -q.sum(0)}
+    if w is not None:
+        grads |= {"U": -(w.T @ q), "b": -w.sum(0)}
+    if x is not None and p.log_var is None:
+        grads |= {"W": -(x.T @ q), "mu": -x.sum(0)}
+    elif x is not None:
+        precision = torch.exp(-p.log_var)
+        scaled = x * precision
+        grads |= {
+            "W": -(scaled.T @ q),
+            "mu": -((x - p.mu) * precision).sum(0),
+            "log_var": (-0.5 * (x - p.mu) ** 2 * precision + scaled * (q @ p.W.T)).sum(0),
+        }
+    return RBMParameters(**grads)
+
+
+def contrastive_divergence(
+    p: RBMParameters, x=None, w=None, steps: int = 1, clamp=(), chains: Optional[GibbsState] = None, generator=None
+) -> tuple[RBMParameters, GibbsState]:
+    """CD-k (Hinton 2002), or PCD-k (Tieleman 2008) when `chains` are handed back in.
+
+    Returns:
+        the gradient of the negative log-likelihood per sample, <dF>_data - <dF>_model (log P(w|x) with "x" clamped),
+        and where the chains ended.
+    """
+    if chains is None:
+        chains = GibbsState(bernoulli(prob_h_given_v(p, x, w), generator), x, w)
+    chains = gibbs(p, chains, steps, clamp, generator)
+    positive, negative = free_energy_gradient(p, x, w), free_energy_gradient(p, chains.x, chains.w)
+    num_data, num_chains = (x if x is not None else w).shape[0], chains.h.shape[0]
+    gradient = [None if d is None else d / num_data - m / num_chains for d, m in zip(positive, negative)]
+    return RBMParameters(*gradient), chains
+
+
+WORD_GAIN_ORDERS = ("exact", "second", "first")
+
+
+def word_gains(p: RBMParameters, a: torch.Tensor, order: str = "exact") -> torch.Tensor:
+    """How far adding word k lowers the free energy, through the hidden units: (..., K) nats.
+
+    F(x, w) - F(x, w + k) = b_k + sum_j log(1 + q_j (e^{U_kj} - 1)),  q = sigmoid(a),  a = `hidden_input`(x, w)
+
+    without b_k, which cancels wherever two images are compared. From softplus(t + u) - softplus(t) = log(1 - q + q e^u).
+
+    Args:
+        order: "exact" costs K*H logarithms a row. "second" and "first" are its expansions in U, each a matrix product:
+            U q + 1/2 U^2 q(1 - q), and U q, which is biased low (Jensen).
+    """
+    if order not in WORD_GAIN_ORDERS:
+        raise ValueError(f"order is {order!r}; allowed: {', '.join(WORD_GAIN_ORDERS)}")
+    q = torch.sigmoid(a)
+    if order == "exact":
+        expm1 = torch.expm1(p.U)
+        rows = [torch.log1p(row * expm1).sum(-1) for row in q.reshape(-1, q.shape[-1])]  # a row at a time: K*H memory
+        return torch.stack(rows).reshape(*q.shape[:-1], -1)
+    gains = q @ p.U.T
+    return gains if order == "first" else gains + 0.5 * (q * (1 - q)) @ (p.U**2).T
+
+
+def pointwise_mutual_information(p: RBMParameters, a_image: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """log P(w | x) - log P(w | average image), up to a term of x alone: (...).
+
+    sum_j [sp(a_j + U'w) - sp(a_j) - sp(abar_j + U'w) + sp(abar_j)] with a = `hidden_input`(x) and abar that of the
+    average image, x = 0 of standardised data, where the input is c. Word biases and lengths cancel.
+    """
+    said = w @ p.U
+    sp = F.softplus
+    return (sp(a_image + said) - sp(a_image) - sp(p.c + said) + sp(p.c)).sum(-1)
+
+
+class JointRBM(nn.Module):
+    """Owner of the parameters of one RBM, and of the statistics that standardise its image block.
+
+    Args:
+        visible_size: V, units of the image block; 0 for none.
+        word_size: K, units of the word block; 0 for none.
+        hidden_size: H.
+        visible_type: "gaussian" (any real x) or "binary" (x in [0, 1]).
+
+    Raises:
+        ValueError: if there is no visible unit at all, no hidden unit, or the type is unknown.
+    """
+
+    def __init__(self, visible_size: int, word_size: int, hidden_size: int, visible_type: str = "gaussian"):
+        super().__init__()
+        if hidden_size < 1 or visible_size < 0 or word_size < 0 or visible_size + word_size < 1:
+            raise ValueError(
+                f"an RBM needs at least one visible and one hidden unit, but visible_size is {visible_size}, "
+                f"word_size is {word_size} and hidden_size is {hidden_size}"
+            )
+        if visible_type not in ("gaussian", "binary"):
+            raise ValueError(f"visible_type is {visible_type!r}; allowed are 'gaussian' and 'binary'")
+        self.visible_size, self.word_size, self.hidden_size = visible_size, word_size, hidden_size
+        self.visible_type = visible_type
+        self.hidden_bias = nn.Parameter(torch.empty(hidden_size))
+        if word_size:
+            self.word_weight = nn.Parameter(torch.empty(word_size, hidden_size))
+            self.word_bias = nn.Parameter(torch.empty(word_size))
+        if visible_size:
+            self.image_weight = nn.Parameter(torch.empty(visible_size, hidden_size))
+            self.image_bias = nn.Parameter(torch.empty(visible_size))
+            if visible_type == "gaussian":
+                self.image_log_var = nn.Parameter(torch.empty(visible_size))
+            self.register_buffer("image_mean", torch.empty(visible_size))
+            self.register_buffer("image_std", torch.empty(visible_size))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, init=nn.init, std: float = 0.01):
+        """W, U ~ N(0, std^2), all else neutral (Hinton 2010, section 8). `init`: where normal_ and the like come from."""
+        for name, tensor in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
+            if name.endswith("_weight"):
+                init.normal_(tensor, mean=0.0, std=std)
+            elif name == "image_std":
+                init.ones_(tensor)
+            else:
+                init.zeros_(tensor)
+
+    @property
+    def parameters_fp32(self) -> RBMParameters:
+        """The parameters for the functions of this file: fp32 (energies are differences of large sums), s^2 bounded."""
+        of = lambda name: getattr(self, name).float() if hasattr(self, name) else None
+        log_var = of("image_log_var")
+        return RBMParameters(
+            c=of("hidden_bias"),
+            U=of("word_weight"),
+            b=of("word_bias"),
+            W=of("image_weight"),
+            mu=of("image_bias"),
+            log_var=None if log_var is None else log_var.clamp(*LOG_VARIANCE_RANGE),
+        )
+
+    @torch.no_grad()
+    def set_image_statistics(self, pooled: torch.Tensor):
+        """Standardise by these pooled images (n, V) from now on. A unit that never varies is left at its mean."""
+        if not torch.isfinite(pooled).all():
+            raise ValueError("the pooled images hold NaN or infinite values")
+        std, mean = torch.std_mean(pooled.double(), dim=0, correction=0)
+        self.image_mean.copy_(mean)
+        self.image_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+
+    def standardise(self, pooled: torch.Tensor) -> torch.Tensor:
+        """x (B, V) of pooled images (B, V): mean 0, variance 1 on the training images; binary units: its sigmoid."""
+        x = (pooled.float() - self.image_mean.float()) / self.image_std.float()
+        return torch.sigmoid(x) if self.visible_type == "binary" else x
+
+    def free_energy(self, x=None, w=None) -> torch.Tensor:
+        """F (B,), see `free_energy`."""
+        return free_energy(self.parameters_fp32, x, w)
+
+    def hidden_input(self, x=None, w=None) -> torch.Tensor:
+        """a (B, H), see `hidden_input`."""
+        return hidden_input(self.parameters_fp32, x, w)
