@@ -74,7 +74,7 @@ def test_rbm_off_is_blip_token_for_token(embedded, photographs, settings, prompt
             "input_ids": row.repeat(len(photographs), 1),
             "attention_mask": torch.ones(len(photographs), row.shape[1]),
         }
-    settings = {"max_new_tokens": 20, "num_beams": 1, **settings}
+    settings = {"max_new_tokens": 20, "num_beams": 1, "length_penalty": 1.0, **settings}
     expected = blip.generate(inputs["pixel_values"], **{k: v.clone().long() for k, v in text.items()}, **settings)
     ours = model.generate(**inputs, **{k: v.long() for k, v in text.items()}, rbm=False, **settings)
     assert processor.captions(ours) == processor.captions(expected)

@@ -12,11 +12,9 @@ from PIL import Image as PILImage
 from transformers import (
     BertConfig,
     BertModel,
+    BlipImageProcessor,
     Dinov2Config,
     Dinov2Model,
-    EfficientNetConfig,
-    EfficientNetImageProcessor,
-    EfficientNetModel,
     Trainer,
     TrainingArguments,
 )
@@ -61,14 +59,12 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
-    """Folders of an EfficientNet and of a BERT with random weights, as transformers saves them."""
+    """Folders of a DINOv2 and of a BERT with random weights, as transformers saves them."""
     folder = tmp_path_factory.mktemp("towers")
     torch.manual_seed(0)
-    config = EfficientNetConfig(
-        image_size=65, width_coefficient=0.3, depth_coefficient=0.2, hidden_dim=384, depthwise_padding=[]
-    )
-    EfficientNetModel(config).save_pretrained(folder / "vision")
-    EfficientNetImageProcessor(size={"height": 65, "width": 65}).save_pretrained(folder / "vision")
+    config = Dinov2Config(hidden_size=22, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7)
+    Dinov2Model(config).save_pretrained(folder / "vision")
+    BlipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder / "vision")
     bert = BertConfig(
         vocab_size=len(VOCABULARY) - 2,
         hidden_size=28,
@@ -115,24 +111,14 @@ def test_stages_end_to_end(pairs, towers, tmp_path):
         cwd=tmp_path,
     )
     train = ["--model", "untrained", *data, "--output_dir", "captioner", "--per_device_train_batch_size", 4]
-    train += [
-        "--learning_rate",
-        "5e-3",
-        "--dropout",
-        0,
-        "--ema_decay",
-        0.8,
-        "--eval_strategy",
-        "epoch",
-        "--max_new_tokens",
-        9,
-    ]
-    train += ["--save_strategy", "epoch", "--lr_scheduler_type", "constant", "--label_smoothing", 0]
-    succeed("train_captioner", *train, "--num_train_epochs", 3, cwd=tmp_path)
-    assert (tmp_path / "captioner" / "checkpoint-15" / "ema.safetensors").exists()
-    out = succeed("train_captioner", *train, "--num_train_epochs", 20, cwd=tmp_path)  # goes on from epoch 3
+    train += ["--learning_rate", "1e-2", "--dropout", 0, "--ema_decay", 0.8, "--max_new_tokens", 9, "--eval_steps", 25]
+    train += ["--eval_strategy", "steps", "--save_strategy", "steps", "--save_steps", 25, "--label_smoothing", 0]
+    train += ["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", 10]
+    succeed("train_captioner", *train, "--num_train_epochs", 5, cwd=tmp_path)
+    assert (tmp_path / "captioner" / "checkpoint-25" / "ema.safetensors").exists()
+    out = succeed("train_captioner", *train, "--num_train_epochs", 50, cwd=tmp_path)  # goes on from epoch 5
     history = json.loads((tmp_path / "captioner" / "captioner.json").read_text())["held_back"]
-    assert [round(entry["epoch"]) for entry in history] == list(range(1, 21)), out
+    assert [entry["step"] for entry in history] == list(range(25, 251, 25)), out
 
     rbm = ["--model", "captioner/best", *data, "--output_dir", "rbm", "--num_words", 9, "--hidden_size", 7]
     rbm += ["--batch_size", 5, "--eval_every", 5, "--cd", 0.01]
@@ -219,11 +205,11 @@ def test_views():
 
 
 def test_feature_cache_is_the_towers_output_and_is_reused(pairs, towers, tmp_path, monkeypatch):
-    tower = EfficientNetModel.from_pretrained(towers / "vision").eval()
-    image_processor = EfficientNetImageProcessor.from_pretrained(towers / "vision")
+    tower = Dinov2Model.from_pretrained(towers / "vision").eval()
+    image_processor = BlipImageProcessor.from_pretrained(towers / "vision")
     dataset = load_pairs(pairs, "train")
     store = cache_features(tower, image_processor, dataset, tmp_path, views=2, batch_size=6)
-    assert store.features.shape[:2] == (24, 2)
+    assert store.features.shape == (24, 2, 17, 22) and store.features[:, 0].std(axis=0).mean() > 0.01
     for row in (0, 23):
         image = dataset[row]["image"]
         pixel_values = image_processor(
@@ -245,8 +231,8 @@ def test_feature_cache_is_the_towers_output_and_is_reused(pairs, towers, tmp_pat
 
 
 def test_interrupted_encoding_goes_on(pairs, towers, tmp_path, monkeypatch):
-    tower = EfficientNetModel.from_pretrained(towers / "vision").eval()
-    image_processor = EfficientNetImageProcessor.from_pretrained(towers / "vision")
+    tower = Dinov2Model.from_pretrained(towers / "vision").eval()
+    image_processor = BlipImageProcessor.from_pretrained(towers / "vision")
     dataset = load_pairs(pairs, "train")
     expected = cache_features(tower, image_processor, dataset, tmp_path / "a", batch_size=1).features[:]
     calls = []

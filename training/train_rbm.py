@@ -294,7 +294,13 @@ def main():
         minutes = (time.time() - start) / 60
         write_json(
             Path(settings.output_dir) / "rbm.json",
-            {"minutes": minutes, "num_words": len(word_ids), "held_back": history, "rbm": asdict(settings), "data": asdict(data)},
+            {
+                "minutes": minutes,
+                "num_words": len(word_ids),
+                "held_back": history,
+                "rbm": asdict(settings),
+                "data": asdict(data),
+            },
         )
         print(f"{settings.output_dir}/best: {json.dumps(history[-1])}")
 
