@@ -16,13 +16,11 @@ from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, Bl
 from training.checkpoints import save_captioner
 
 
-NEW_TOKENS = {"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]}  # in BLIP's order: ids 30522 and 30523
-
-
 def build_tokenizer(text: str):
     tokenizer = AutoTokenizer.from_pretrained(text)
-    tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
-    tokenizer.add_special_tokens(NEW_TOKENS)
+    tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # in BLIP's order: ids 30522 and 30523
+    # [ENC] is not named among the tokenizer's special tokens: transformers 5 would write a list that 4.57 cannot read.
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     return tokenizer
 
 
