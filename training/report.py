@@ -22,7 +22,6 @@ COLUMNS = {
     "distinct_2": "{:.3f}",
     "novel": "{:.2f}",
     "mean_length": "{:.1f}",
-    "seconds": "{:.0f}",
 }
 
 
@@ -45,8 +44,7 @@ def results_table(results: dict) -> str:
         f"{settings['num_beams']} beams, at most {settings['max_new_tokens']} new tokens, {results['references_per_image']} "
         f"references an image, COCO tokenization; novel: share of captions that no training image has. "
         f"BLIP-RBM: the same BLIP with guide (weight {rbm['rbm_guidance']:g}) and {rerank}, chosen on held-back training "
-        f"images; seconds are those of decoding on {results['versions']['threads']} CPU threads. Intervals: paired "
-        "bootstrap over images.",
+        "images. Intervals: paired bootstrap over images.",
     ]
     return "\n".join(lines)
 
