@@ -55,7 +55,7 @@ class BlipRBMConfig(BlipConfig):
         rbm_guidance (`float`, defaults to 0.0): beta, weight of the word gains (nats) on the decoder's logits. 0: off.
         rbm_guidance_clip (`float`, defaults to 5.0): bound on a word's gain, in nats.
         rbm_guidance_order (`str`, defaults to "second"): how the gains are computed: "exact", or expanded in the word
-            weights to "second" or "first" order, which is two orders of magnitude cheaper.
+            weights to "second" or "first" order, which is many times cheaper (`make bench`).
         rbm_rerank (`bool`, defaults to `False`): return the best of the candidates by decoder, RBM and consensus.
         rbm_rerank_candidates (`int`, defaults to 10): beams (or samples) among which to choose, at least.
         rbm_rerank_pmi (`float`, defaults to 0.0): weight of the RBM's pointwise mutual information (nats).
