@@ -7,6 +7,8 @@ from .modeling_blip_rbm import BlipRBMForConditionalGeneration
 from .pipeline_blip_rbm import BlipRBMImageToTextPipeline
 from .processing_blip_rbm import BlipRBMProcessor, load_image
 from .rbm import JointRBM, RBMParameters, contrastive_divergence, energy, free_energy, gibbs
+from .rbm_estimator import RBM, DeepBeliefNetwork
+from .rbm_likelihood import annealed_importance_sampling, log_partition_function, log_prob
 
 
 __version__ = "0.1.0"
@@ -17,15 +19,20 @@ AutoModelForImageTextToText.register(BlipRBMConfig, BlipRBMForConditionalGenerat
 AutoProcessor.register(BlipRBMConfig, BlipRBMProcessor, exist_ok=True)
 
 __all__ = [
+    "RBM",
     "BlipRBMConfig",
     "BlipRBMForConditionalGeneration",
     "BlipRBMImageToTextPipeline",
     "BlipRBMProcessor",
+    "DeepBeliefNetwork",
     "JointRBM",
     "RBMParameters",
+    "annealed_importance_sampling",
     "contrastive_divergence",
     "energy",
     "free_energy",
     "gibbs",
     "load_image",
+    "log_partition_function",
+    "log_prob",
 ]
