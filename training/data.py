@@ -1,11 +1,15 @@
-"""Image-caption pairs: where they come from, how they are split, and the images as the vision tower sees them."""
+"""Image-caption pairs: where they come from, how they are split, the images as the vision tower sees them, the captions as the
+RBM does."""
 
 import hashlib
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset, Image, load_dataset
 from PIL import ImageOps
+
+from modeling_blip_rbm.decoding_blip_rbm import word_columns, words_said
 
 
 # How one cached training view differs from the plain image. View 0 is the plain image, view 1 its mirror image, and
@@ -81,3 +85,13 @@ def images_fingerprint(dataset: Dataset) -> str:
         content = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
+
+
+def caption_words(tokenizer, captions, word_ids) -> list[torch.Tensor]:
+    """Of each image, which words its captions hold: bool (captions, K)."""
+    columns = word_columns(word_ids, len(tokenizer))
+    result = []
+    for of_image in captions:
+        ids = tokenizer(list(of_image), add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
+        result.append(words_said(ids, columns, len(word_ids)).bool())
+    return result

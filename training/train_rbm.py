@@ -5,25 +5,27 @@
 
 One loss, each term a flag: `words` (predict the held-out words of a caption from the image and a random part of its
 words: what guide does), `match` (InfoNCE over the pointwise mutual information in the batch: what re-rank does) and `cd`
-(contrastive divergence). Goes on from its last epoch when it is started again. What is kept is the epoch with the best
-retrieval on held-back training images.
+(contrastive divergence, with `--cd_persistent` from chains that go on from step to step). Goes on from its last epoch when it
+is started again. What is kept is the epoch with the best retrieval on held-back training images; `log.jsonl` and
+`curves.png` show all that was measured.
 """
 
 import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Optional
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.decoding_blip_rbm import word_columns, words_said
 from modeling_blip_rbm.modeling_blip_rbm import pool_tokens
 from modeling_blip_rbm.rbm import (
     GibbsState,
@@ -37,8 +39,13 @@ from modeling_blip_rbm.rbm import (
 )
 from training.arguments import DataArguments, parse_arguments
 from training.checkpoints import save_captioner, write_json
-from training.data import load_pairs, split_held_back
+from training.data import caption_words, load_pairs, split_held_back
+from training.evaluate_rbm import evaluate_rbm, free_energy_gap, log_likelihood
 from training.features import cache_features
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 
 # Words without content, which the decoder's grammar needs and the image does not decide.
@@ -60,8 +67,10 @@ class RBMArguments:
     num_words: int = field(default=1000, metadata={"help": "K, the most frequent content word-pieces"})
     epochs: int = field(default=100, metadata={"help": "an epoch shows each image once, with one of its captions"})
     batch_size: int = field(default=256, metadata={"help": "images a step and process"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's, warmed up for one epoch, then cosine"})
-    weight_decay: float = field(default=1e-2, metadata={"help": "decoupled, on the weights only"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "warmed up for one epoch, then cosine"})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw or sgd", "choices": ["adamw", "sgd"]})
+    momentum: float = field(default=0.9, metadata={"help": "of sgd"})
+    weight_decay: float = field(default=1e-2, metadata={"help": "on the weights only; decoupled in adamw"})
     image_dropout: float = field(default=0.2, metadata={"help": "share of image units set to the average image's"})
     init_std: float = field(default=0.02, metadata={"help": "of the weights at the start"})
     words: float = field(default=1.0, metadata={"help": "weight of the held-out words' log-likelihood"})
@@ -69,7 +78,16 @@ class RBMArguments:
     cd: float = field(default=0.0, metadata={"help": "weight of contrastive divergence"})
     cd_steps: int = field(default=1, metadata={"help": "Gibbs steps of contrastive divergence"})
     cd_clamp_image: bool = field(default=False, metadata={"help": "contrastive divergence for P(w | x) only"})
+    cd_persistent: bool = field(
+        default=False, metadata={"help": "PCD: chains go on from step to step, image not clamped"}
+    )
+    sparsity_target: Optional[float] = field(default=None, metadata={"help": "mean activity hidden units are drawn to"})
+    sparsity_cost: float = field(default=1.0, metadata={"help": "weight of the cross entropy to the sparsity target"})
     eval_every: int = field(default=5, metadata={"help": "epochs between evaluations"})
+    ais_every: int = field(default=0, metadata={"help": "epochs between log-likelihoods by AIS; 0: never"})
+    patience: Optional[int] = field(
+        default=None, metadata={"help": "stop after so many evaluations without a better one"}
+    )
     seed: int = field(default=0, metadata={"help": "of everything random"})
 
 
@@ -119,12 +137,26 @@ def match_loss(p, a_image, w):
     return 0.5 * (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))
 
 
-def cd_loss(p, x, w, steps, clamp_image):
-    """<F>_data - <F>_model with the samples held fixed: its gradient is that of contrastive divergence."""
+def cd_loss(p, x, w, steps, clamp_image, chains=None):
+    """<F>_data - <F>_model with the samples held fixed: its gradient is that of contrastive divergence.
+
+    Args:
+        chains: where persistent chains stand; None: they start at the data.
+
+    Returns:
+        the loss, and where the chains ended.
+    """
     with torch.no_grad():
-        h = bernoulli(prob_h_given_v(p, x, w))
-        chains = gibbs(p, GibbsState(h, x, w), steps, clamp=("x",) if clamp_image else ())
-    return (free_energy(p, x, w) - free_energy(p, chains.x, chains.w)).mean()
+        if chains is None:
+            chains = GibbsState(bernoulli(prob_h_given_v(p, x, w)), x, w)
+        chains = gibbs(p, chains, steps, clamp=("x",) if clamp_image else ())
+    return free_energy(p, x, w).mean() - free_energy(p, chains.x, chains.w).mean(), chains
+
+
+def sparsity_loss(a, target: float):
+    """Cross entropy between the target and each hidden unit's mean activity, mean over units (Lee et al. 2007)."""
+    mean_q = torch.sigmoid(a).mean(0).clamp(1e-6, 1 - 1e-6)
+    return F.binary_cross_entropy(mean_q, torch.full_like(mean_q, target))
 
 
 class RBMObjective(torch.nn.Module):
@@ -132,12 +164,27 @@ class RBMObjective(torch.nn.Module):
 
     def __init__(self, rbm, settings: RBMArguments):
         super().__init__()
+        if settings.cd_persistent and settings.cd_clamp_image:
+            raise ValueError("cd_persistent and cd_clamp_image exclude each other: a chain has one image, a batch many")
         self.rbm, self.settings = rbm, settings
+        if settings.cd and settings.cd_persistent:  # buffers: saved and resumed with the rest
+            n = settings.batch_size
+            self.register_buffer("chain_h", torch.full((n, rbm.hidden_size), 0.5).bernoulli())
+            self.register_buffer("chain_x", torch.randn(n, rbm.visible_size))
+            self.register_buffer("chain_w", torch.sigmoid(rbm.word_bias.detach()).expand(n, -1).bernoulli())
+
+    def cd_term(self, p, x, w):
+        settings = self.settings
+        if not settings.cd_persistent:
+            return cd_loss(p, x, w, settings.cd_steps, settings.cd_clamp_image)[0]
+        loss, chains = cd_loss(p, x, w, settings.cd_steps, False, GibbsState(self.chain_h, self.chain_x, self.chain_w))
+        self.chain_h, self.chain_x, self.chain_w = chains
+        return loss
 
     def forward(self, pooled, w):
         p, settings = self.rbm.parameters_fp32, self.settings
-        x = self.rbm.standardise(pooled)
-        x = x * (torch.rand_like(x) >= settings.image_dropout).float()
+        full = self.rbm.standardise(pooled)
+        x = full * (torch.rand_like(full) >= settings.image_dropout).float()
         a = hidden_input(p, x)
         terms = {}
         if settings.words:
@@ -145,52 +192,12 @@ class RBMObjective(torch.nn.Module):
         if settings.match:
             terms["match"] = match_loss(p, a, w)
         if settings.cd:
-            terms["cd"] = cd_loss(p, x, w, settings.cd_steps, settings.cd_clamp_image)
-        return sum(getattr(settings, name) * term for name, term in terms.items()), terms
-
-
-@torch.no_grad()
-def evaluate_rbm(rbm, pooled: torch.Tensor, words: list[torch.Tensor]) -> dict[str, float]:
-    """Retrieval by PMI among these images and all their captions, word AP, dead and saturated hidden units.
-
-    Args:
-        pooled (n, V): plain views. words: of each image (captions, K).
-    """
-    p = rbm.parameters_fp32
-    a = hidden_input(p, rbm.standardise(pooled))
-    owner = torch.tensor([i for i, of_image in enumerate(words) for _ in of_image])
-    w = torch.cat([of_image.float() for of_image in words])
-    scores = torch.cat([pointwise_mutual_information(p, row[None], w)[None] for row in a])  # (n, captions)
-    own = owner[None] == torch.arange(len(words))[:, None]
-    best_own = scores.masked_fill(~own, float("-inf")).max(1, keepdim=True).values
-    rank_of_caption = (scores.masked_fill(own, float("-inf")) > best_own).sum(1)
-    rank_of_image = (scores > scores[owner, torch.arange(len(owner))]).sum(0)
-    target = torch.stack([of_image.any(0) for of_image in words])
-    prob = torch.sigmoid(p.b + word_gains(p, a, order="second"))
-    q = torch.sigmoid(a).mean(0)
-    result = {"word_ap": average_precision(prob, target)}
-    for k in (1, 5, 10):
-        result[f"image_to_text_r{k}"] = 100 * (rank_of_caption < k).float().mean().item()
-        result[f"text_to_image_r{k}"] = 100 * (rank_of_image < k).float().mean().item()
-    return result | {"dead": (q < 0.01).float().mean().item(), "saturated": (q > 0.99).float().mean().item()}
-
-
-def average_precision(prob: torch.Tensor, target: torch.Tensor) -> float:
-    """Mean over images of the average precision of the words that any of its captions holds: (n, K) each."""
-    order = prob.argsort(1, descending=True)
-    hits = target.gather(1, order).float()
-    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
-    return ((precision * hits).sum(1) / hits.sum(1).clamp(min=1)).mean().item()
-
-
-def caption_words(tokenizer, captions, word_ids) -> list[torch.Tensor]:
-    """Of each image, which words its captions hold: bool (captions, K)."""
-    columns = word_columns(word_ids, len(tokenizer))
-    result = []
-    for of_image in captions:
-        ids = tokenizer(list(of_image), add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
-        result.append(words_said(ids, columns, len(word_ids)).bool())
-    return result
+            terms["cd"] = self.cd_term(p, full, w)
+        loss = sum(getattr(settings, name) * term for name, term in terms.items())
+        if settings.sparsity_target is not None:
+            terms["sparsity"] = sparsity_loss(a + w @ p.U, settings.sparsity_target)
+            loss = loss + settings.sparsity_cost * terms["sparsity"]
+        return loss, terms
 
 
 def with_new_rbm(model, word_ids, settings: RBMArguments, pooled, word_share):
@@ -217,12 +224,17 @@ def pool_store(store, rows, pooling: str) -> torch.Tensor:
 
 
 def train(accelerator, model, train_set, held_back, settings: RBMArguments):
+    """Train; what is measured goes to `log.jsonl`, the best machine to `best.pt` and, at the end, into `model`."""
     rbm = model.rbm_layer.rbm
+    seen = (train_set.pooled[: len(held_back[0]), 0], train_set.words[: len(held_back[0])])
     objective = RBMObjective(rbm, settings)
     decay = [p for n, p in rbm.named_parameters() if n.endswith("_weight")]
     rest = [p for n, p in rbm.named_parameters() if not n.endswith("_weight")]
     groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
     loader = torch.utils.data.DataLoader(train_set, settings.batch_size, shuffle=True)
     objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
     steps = settings.epochs * len(loader)
@@ -250,12 +262,23 @@ def train(accelerator, model, train_set, held_back, settings: RBMArguments):
             schedule.step()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + term.item() / len(loader)
-        if not np.isfinite(list(sums.values())).all():
+        finite = all(torch.isfinite(parameter).all() for parameter in rbm.parameters())
+        if not finite or not np.isfinite(list(sums.values())).all():
             raise FloatingPointError(
-                f"the loss is {sums} in epoch {epoch + 1}: lower --learning_rate; nothing was saved"
+                f"training diverged in epoch {epoch + 1} (loss {sums}): lower --learning_rate; what was saved before is "
+                f"still in {output_dir}"
             )
         if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
+            with_ais = settings.ais_every and ((epoch + 1) % settings.ais_every == 0 or epoch + 1 == settings.epochs)
             entry = {"epoch": epoch + 1, **sums, **evaluate_rbm(rbm, *held_back)}
+            entry |= free_energy_gap(rbm, held_back, seen)
+            if with_ais:
+                entry |= log_likelihood(rbm, held_back, seen)
+            if entry["dead"] + entry["saturated"] > 0.5:
+                bar.write(
+                    f"epoch {epoch + 1}: the RBM has collapsed, {entry['dead']:.0%} of its hidden units are always off and "
+                    f"{entry['saturated']:.0%} always on; lower --learning_rate, or set --sparsity_target"
+                )
             quality = entry["text_to_image_r10"] + entry["image_to_text_r10"]
             best = max((e["text_to_image_r10"] + e["image_to_text_r10"] for e in history), default=-1.0)
             history.append(entry)
@@ -264,15 +287,52 @@ def train(accelerator, model, train_set, held_back, settings: RBMArguments):
                 with log_file.open("a") as file:
                     file.write(json.dumps(entry) + "\n")
                 if quality > best:
-                    torch.save(rbm.state_dict(), best_file)
+                    torch.save(rbm.state_dict(), best_file.with_suffix(".tmp"))
+                    best_file.with_suffix(".tmp").replace(best_file)
+                plot_curves(history, output_dir / "curves.png")
             bar.set_postfix({name: f"{entry[name]:.2f}" for name in (*sums, "text_to_image_r10", "word_ap")})
+            if settings.patience is not None and evaluations_since_best(history) >= settings.patience:
+                bar.write(f"epoch {epoch + 1}: no better for {settings.patience} evaluations, stopped")
+                break
     rbm.load_state_dict(torch.load(best_file, weights_only=True))
     return history
 
 
+def evaluations_since_best(history: list[dict]) -> int:
+    quality = [entry["text_to_image_r10"] + entry["image_to_text_r10"] for entry in history]
+    return len(quality) - 1 - quality.index(max(quality))
+
+
+def plot_curves(history: list[dict], path: Path):
+    """Every number of the log against the epoch, one panel a kind."""
+    panels = {
+        "loss (nats)": ("words", "match", "cd", "sparsity"),
+        "retrieval R@10 (%)": ("image_to_text_r10", "text_to_image_r10"),
+        "average precision": ("word_ap", "per_word_ap"),
+        "free energy, held back - training (nats)": ("free_energy_gap",),
+        "share of hidden units": ("dead", "saturated"),
+        "log P(image, words) by AIS (nats)": ("log_likelihood", "log_likelihood_training"),
+    }
+    figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
+    for axis, (title, names) in zip(axes.flat, panels.items()):
+        for name in names:
+            points = [(entry["epoch"], entry[name]) for entry in history if name in entry]
+            if points:
+                axis.plot(*zip(*points), marker=".", label=name)
+        axis.set(title=title, xlabel="epoch")
+        if axis.lines:
+            axis.legend()
+        else:
+            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center")
+    figure.savefig(path.with_suffix(".tmp.png"), dpi=80)
+    plt.close(figure)
+    path.with_suffix(".tmp.png").replace(path)
+
+
 def main():
     data, settings = parse_arguments(DataArguments, RBMArguments)
-    accelerator = Accelerator()
+    # every process has persistent chains of its own
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     set_seed(settings.seed)
     processor = BlipRBMProcessor.from_pretrained(settings.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(settings.model)

@@ -1,0 +1,167 @@
+"""What an RBM knows of images and words: retrieval both ways through its hidden units, words of images, images of words.
+
+    python -m training.evaluate_rbm --model checkpoints/blip-rbm-small --dataset flickr8k --output runs/rbm-validation.json
+
+Numbers of a split that the RBM has not seen go to `--output`, and beside it a picture: images with their most probable
+words, and words with their most probable images.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import torch
+
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from modeling_blip_rbm.modeling_blip_rbm import pool_tokens
+from modeling_blip_rbm.rbm import free_energy, hidden_input, pointwise_mutual_information, word_gains
+from modeling_blip_rbm.rbm_likelihood import annealed_importance_sampling, base_rate_model, log_prob
+from training.arguments import parse_arguments
+from training.checkpoints import write_json
+from training.data import caption_words, load_pairs
+from training.features import cache_features
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass
+class EvaluateRBMArguments:
+    model: str = field(metadata={"help": "folder or Hub id of the BLIP-RBM"})
+    dataset: str = field(metadata={"help": "folder or Hub id with `image` and `captions` columns"})
+    output: str = field(metadata={"help": "results file; the picture beside it ends in .png"})
+    split: str = field(default="validation", metadata={"help": "split that the RBM has not seen"})
+    cache_dir: str = field(default="runs/features", metadata={"help": "where outputs of the vision tower are kept"})
+    queries: list[str] = field(
+        default_factory=lambda: ["dog", "snow", "beach", "bike", "girl", "climbing"],
+        metadata={"help": "words whose images are shown"},
+    )
+    seed: int = field(default=0, metadata={"help": "of the images that are shown"})
+
+
+def average_precision(prob: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """(n,) average precision of each row's ranking: prob, target (n, K). Rows without a target have 0."""
+    order = prob.argsort(1, descending=True)
+    hits = target.gather(1, order).float()
+    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
+    return (precision * hits).sum(1) / hits.sum(1).clamp(min=1)
+
+
+@torch.no_grad()
+def evaluate_rbm(rbm, pooled: torch.Tensor, words: list[torch.Tensor]) -> dict[str, float]:
+    """Retrieval by PMI among these images and all their captions, words of images, images of words, idle hidden units.
+
+    Args:
+        pooled (n, V): plain views. words: of each image (captions, K).
+
+    Returns:
+        `image_to_text_r*`, `text_to_image_r*`: R@1, 5, 10 in percent; `word_ap`: mean over images of the average precision
+        of its words among all words; `per_word_ap`: mean over words of that of its images among all images, to compare with
+        `per_word_ap_chance`; `dead`, `saturated`: shares of hidden units whose mean activity is below 0.01, above 0.99.
+    """
+    p = rbm.parameters_fp32
+    a = hidden_input(p, rbm.standardise(pooled))
+    owner = torch.tensor([i for i, of_image in enumerate(words) for _ in of_image])
+    w = torch.cat([of_image.float() for of_image in words])
+    scores = torch.cat([pointwise_mutual_information(p, row[None], w)[None] for row in a])  # (n, captions)
+    own = owner[None] == torch.arange(len(words))[:, None]
+    best_own = scores.masked_fill(~own, float("-inf")).max(1, keepdim=True).values
+    rank_of_caption = (scores.masked_fill(own, float("-inf")) > best_own).sum(1)
+    rank_of_image = (scores > scores[owner, torch.arange(len(owner))]).sum(0)
+    target = torch.stack([of_image.any(0) for of_image in words])
+    prob = torch.sigmoid(p.b + word_gains(p, a, order="second"))
+    q = torch.sigmoid(a).mean(0)
+    said = target.any(0)
+    result = {
+        "word_ap": average_precision(prob, target).mean().item(),
+        "per_word_ap": average_precision(prob.T[said], target.T[said]).mean().item(),
+        "per_word_ap_chance": target[:, said].float().mean(0).mean().item(),
+    }
+    for k in (1, 5, 10):
+        result[f"image_to_text_r{k}"] = 100 * (rank_of_caption < k).float().mean().item()
+        result[f"text_to_image_r{k}"] = 100 * (rank_of_image < k).float().mean().item()
+    return result | {"dead": (q < 0.01).float().mean().item(), "saturated": (q > 0.99).float().mean().item()}
+
+
+def _first_captions(rbm, pairs):
+    pooled, words = pairs
+    return rbm.standardise(pooled), torch.stack([of_image[0].float() for of_image in words])
+
+
+@torch.no_grad()
+def free_energy_gap(rbm, held_back, seen) -> dict[str, float]:
+    """Mean F(x, w) of held-back pairs above that of training pairs (nats): overfitting, no log Z needed (Hinton 2010, 6)."""
+    p = rbm.parameters_fp32
+    gap = free_energy(p, *_first_captions(rbm, held_back)).mean() - free_energy(p, *_first_captions(rbm, seen)).mean()
+    return {"free_energy_gap": gap.item()}
+
+
+@torch.no_grad()
+def log_likelihood(rbm, held_back, seen, temperatures: int = 1000, chains: int = 100) -> dict[str, float]:
+    """Mean log P(x, w) of pairs (nats, a density in the standardised image) by annealed importance sampling."""
+    p = rbm.parameters_fp32
+    x, w = _first_captions(rbm, seen)
+    base = base_rate_model(p, x.mean(0), w.mean(0), least=1e-4)
+    log_z = annealed_importance_sampling(p, temperatures, chains, base, progress=True).log_z
+    return {
+        "log_likelihood": log_prob(p, log_z, *_first_captions(rbm, held_back)).mean().item(),
+        "log_likelihood_training": log_prob(p, log_z, x, w).mean().item(),
+        "log_z": log_z,
+    }
+
+
+def show(path: Path, images, prob, words: list[str], queries: list[str], seed: int, across: int = 6):
+    """Images with their words above, words with their images below."""
+    generator = torch.Generator().manual_seed(seed)
+    figure, axes = plt.subplots(
+        1 + len(queries), across, figsize=(2.2 * across, 2.5 * (1 + len(queries))), layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, i in zip(axes[0], torch.randperm(len(prob), generator=generator)[:across].tolist()):
+        axis.imshow(images[i])
+        top = prob[i].topk(6).indices.tolist()
+        axis.set_title("\n".join(" ".join(words[k] for k in top[j : j + 3]) for j in (0, 3)), fontsize=9)
+    for row, query in zip(axes[1:], queries):
+        for place, (axis, i) in enumerate(zip(row, prob[:, words.index(query)].topk(across).indices.tolist())):
+            axis.imshow(images[i])
+            axis.set_title(f"{query}, {place + 1}" if place else f"most like “{query}”", fontsize=9)
+    figure.suptitle(f"words of {across} random images (seed {seed}); images of words")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main():
+    (args,) = parse_arguments(EvaluateRBMArguments)
+    processor = BlipRBMProcessor.from_pretrained(args.model)
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    dataset = load_pairs(args.dataset, args.split)
+    store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir, views=1)
+    pooled = torch.stack(
+        [pool_tokens(store.view(row, 0)[None].float(), model.config.rbm_pooling)[0] for row in range(len(dataset))]
+    )
+    word_ids = list(model.config.rbm_word_ids)
+    names = processor.tokenizer.convert_ids_to_tokens(word_ids)
+    unknown = sorted(set(args.queries) - set(names))
+    if unknown:
+        raise SystemExit(
+            f"--queries: the RBM does not know {', '.join(unknown)}; its {len(names)} words are in the config"
+        )
+    words = caption_words(processor.tokenizer, dataset["captions"], word_ids)
+    rbm = model.rbm_layer.rbm
+    result = {"model": args.model, "split": args.split, "images": len(dataset), **evaluate_rbm(rbm, pooled, words)}
+    p = rbm.parameters_fp32
+    with torch.no_grad():
+        prob = torch.sigmoid(p.b + word_gains(p, hidden_input(p, rbm.standardise(pooled)), order="second"))
+    picture = Path(args.output).with_suffix(".png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    show(picture, dataset["image"], prob, names, args.queries, args.seed)
+    write_json(Path(args.output), result)
+    print(json.dumps(result, indent=1))
+    print(f"wrote {args.output} and {picture}")
+
+
+if __name__ == "__main__":
+    main()
