@@ -1,12 +1,27 @@
 """Guide and re-rank against their plain definitions."""
 
 import itertools
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
-from modeling_blip_rbm.decoding_blip_rbm import RBMGuidance, consensus, rerank_scores, word_columns, words_said
-from modeling_blip_rbm.rbm import RBMParameters, free_energy, hidden_input, pointwise_mutual_information
+from modeling_blip_rbm.decoding_blip_rbm import (
+    RBMGuidance,
+    caption_similarity,
+    consensus,
+    rerank_scores,
+    word_columns,
+    words_said,
+)
+from modeling_blip_rbm.rbm import (
+    RBMParameters,
+    free_energy,
+    hidden_input,
+    pointwise_mutual_information,
+    prob_w_given_h,
+)
 from tests.conftest import WORD_IDS
 
 
@@ -77,15 +92,71 @@ def test_no_guidance_for_the_average_image(params):
     torch.testing.assert_close(guidance(torch.tensor([[44, 5]]), scores), scores)
 
 
-def test_consensus_is_the_mean_jaccard_similarity():
-    sequences = torch.tensor([[[44, 5, 7, 9, 3, 0], [44, 5, 7, 11, 3, 3], [44, 6, 13, 3, 0, 0]]])
-    sets = [{44, 5, 7, 9}, {44, 5, 7, 11}, {44, 6, 13}]
-    expected = [sum(len(a & b) / len(a | b) for j, b in enumerate(sets) if j != i) / 2 for i, a in enumerate(sets)]
-    torch.testing.assert_close(consensus(sequences, ignored=(0, 3))[0], torch.tensor(expected))
-    assert consensus(sequences[:, :1], ignored=(0,)).tolist() == [[0.0]]
+SEQUENCES = torch.tensor([[[44, 5, 7, 9, 3, 0], [44, 5, 7, 11, 5, 3], [44, 6, 13, 3, 0, 0]]])
+WORDS = [[5, 7, 9], [5, 7, 11, 5], [6, 13]]
+
+
+def pairs(value):
+    return torch.tensor([[[value(a, b) for b in WORDS] for a in WORDS]], dtype=torch.float32)
+
+
+def test_similarities_of_token_sets():
+    at = lambda kind: caption_similarity(SEQUENCES, kind, ignored=(0, 3, 44))
+    shared = lambda a, b: len({*a} & {*b})
+    torch.testing.assert_close(at("jaccard"), pairs(lambda a, b: shared(a, b) / len({*a} | {*b})))
+    torch.testing.assert_close(at("overlap"), pairs(lambda a, b: shared(a, b) / min(len({*a}), len({*b}))))
+    torch.testing.assert_close(at("cosine"), pairs(lambda a, b: shared(a, b) / (len({*a}) * len({*b})) ** 0.5))
+    with pytest.raises(ValueError, match="'euclid'; allowed are 'jaccard', 'overlap'"):
+        at("euclid")
+
+
+def test_similarity_of_ngrams():
+    def expected(a, b):
+        total = 0.0
+        for n in range(1, 5):
+            ca, cb = (Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for words in (a, b))
+            norm = (sum(v**2 for v in ca.values()) * sum(v**2 for v in cb.values())) ** 0.5
+            total += sum(min(ca[g], cb[g]) * cb[g] for g in ca) / norm if norm else 0.0
+        return total / 4
+
+    torch.testing.assert_close(caption_similarity(SEQUENCES, "ngram", ignored=(0, 3, 44)), pairs(expected))
+
+
+def test_similarities_of_hidden_posteriors():
+    q = torch.rand(1, 3, 7) * 0.98 + 0.01
+    bernoulli = lambda i: torch.stack([1 - q[0, i], q[0, i]], -1)
+    kl = lambda a, b: (a * (a / b).log()).sum(-1)
+    for i, j in ((0, 1), (2, 0), (1, 1)):
+        a, b = bernoulli(i), bernoulli(j)
+        mixed = 0.5 * (a + b)
+        js = 0.5 * (kl(a, mixed) + kl(b, mixed)) / np.log(2)
+        expected = {"hidden_js": 1 - js.mean(), "hidden_kl": (-kl(a, b).mean()).exp()}
+        for kind, value in expected.items():
+            similarity = caption_similarity(SEQUENCES, kind, ignored=(), q=q)
+            assert similarity[0, i, j].item() == pytest.approx(value.item(), abs=1e-5)
+
+
+def test_consensus_is_the_mean_similarity_to_the_others():
+    similarity = caption_similarity(SEQUENCES, "jaccard", ignored=(0, 3, 44))
+    expected = [similarity[0, i, [j for j in range(3) if j != i]].mean() for i in range(3)]
+    torch.testing.assert_close(consensus(similarity)[0], torch.stack(expected))
+    assert consensus(similarity[:, :1, :1]).tolist() == [[0.0]]
 
 
 def test_rerank_scores():
     log_prob, length, pmi, agreement = (torch.tensor([[v]]) for v in (-6.0, 4.0, 2.0, 0.5))
     score = rerank_scores(log_prob, length, pmi, agreement, length_penalty=0.5, l_pmi=0.1, l_consensus=3.0)
     assert score.item() == pytest.approx(-6 / 2 + 0.1 * 2 + 3 * 0.5)
+
+
+def test_causes_shift_the_words_that_they_favour(params):
+    """The shift is the log-odds of P(w | h) less those at the mean causes."""
+    a = hidden_input(params, torch.randn(2, V))
+    causes = torch.rand(2, H).round()
+    guide = RBMGuidance(params, a, WORD_IDS, VOCAB, beta=0.0, clip=1e9, causes=causes, diversity=0.7)
+    ids = torch.tensor([[44, WORD_IDS[1]], [44, 1], [44, 2], [44, 3]])  # two rows an image; one has said word 1
+    bonus = guide(ids, torch.zeros(4, VOCAB))
+    log_odds = lambda h: torch.logit(prob_w_given_h(params, h))
+    expected = 0.7 * (log_odds(causes) - log_odds(torch.sigmoid(a))).repeat_interleave(2, 0)
+    expected[0, 1] = 0.0
+    torch.testing.assert_close(bonus[:, WORD_IDS], expected, atol=1e-4, rtol=1e-3)

@@ -11,11 +11,13 @@ from transformers import (
     BlipVisionConfig,
     CLIPVisionConfig,
     Dinov2Config,
+    DynamicCache,
     EfficientNetConfig,
+    EncoderDecoderCache,
 )
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
-from modeling_blip_rbm.modeling_blip_rbm import pool_tokens, vision_tokens
+from modeling_blip_rbm.modeling_blip_rbm import ImageCache, pool_tokens, vision_tokens
 from tests.conftest import RBM_SETTINGS, TEXT_CONFIG, VOCABULARY, randomise, tiny_config
 
 
@@ -447,3 +449,64 @@ def test_stock_blip_still_loads_from_its_own_config(blip, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).model_type == "blip"
     assert isinstance(BlipForConditionalGeneration.from_pretrained(tmp_path), BlipForConditionalGeneration)
     assert TEXT_CONFIG["vocab_size"] == len(VOCABULARY)
+
+
+# ---------------------------------------------------------------- the image's keys and values
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 5, "num_return_sequences": 2}, {}])
+def test_image_cache_is_of_images_not_of_beams(model, pixel_values, settings):
+    """Same tokens and scores as with transformers' cache, at a fraction of its size."""
+    encoding = model.encode_image(pixel_values, rbm=False)
+    settings |= {"rbm": False, "max_new_tokens": 7, "return_dict_in_generate": True, "output_scores": True}
+    ours = model.generate(encoding=encoding, **settings)
+    stock = model.generate(
+        encoding=encoding, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()), **settings
+    )
+    assert torch.equal(ours.sequences, stock.sequences)
+    for a, b in zip(ours.scores, stock.scores):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    rows = [output.past_key_values.cross_attention_cache.layers[0].keys.shape[0] for output in (ours, stock)]
+    assert rows == [len(pixel_values), len(pixel_values) * settings.get("num_beams", 1)]
+
+
+def test_cross_attentions_of_rows_that_share_an_image(model, pixel_values):
+    """Attentions on request, a row each, equal to those of an image repeated for every row."""
+    encoding = model.encode_image(pixel_values, rbm=False)
+    ids = torch.randint(5, 40, (3 * len(pixel_values), 5))
+    cache = ImageCache(model.text_decoder, encoding.image_embeds)
+    shared = model(
+        input_ids=ids, image_embeds=cache.image_embeds, past_key_values=cache, use_cache=True, output_attentions=True
+    )
+    repeated = encoding.image_embeds.repeat_interleave(3, 0)
+    apart = model(input_ids=ids, image_embeds=repeated, use_cache=False, output_attentions=True)
+    torch.testing.assert_close(shared.logits, apart.logits, atol=1e-4, rtol=1e-3)
+    for a, b in zip(shared.cross_attentions, apart.cross_attentions):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_image_mask_a_row_with_beams(model, pixel_values):
+    encoding = model.encode_image(pixel_values, rbm=False)
+    mask = torch.ones(encoding.image_embeds.shape[:2], dtype=torch.long)
+    mask[0, 3:] = 0
+    settings = {"rbm": False, "num_beams": 3, "max_new_tokens": 7, "encoder_attention_mask": mask}
+    ours = model.generate(encoding=encoding, **settings)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    assert torch.equal(ours, model.generate(encoding=encoding, past_key_values=cache, **settings))
+
+
+# ---------------------------------------------------------------- several captions by sampled causes
+
+
+def test_captions_by_sampled_causes_differ(model, pixel_values):
+    settings = {"rbm_guidance": 0.1, "num_beams": 2, "num_return_sequences": 5, "max_new_tokens": 7}
+    model.config.rbm_guidance_clip = 100.0
+    torch.manual_seed(0)
+    varied = model.generate(pixel_values, rbm_diversity=20.0, **settings)
+    assert len(varied) == 5 * len(pixel_values)
+    assert len({tuple(row) for row in captions_of(varied)[:5]}) > 1
+    torch.manual_seed(0)
+    assert torch.equal(varied, model.generate(pixel_values, rbm_diversity=20.0, **settings))
+    settings["num_return_sequences"] = 1
+    almost = model.generate(pixel_values, rbm_diversity=1e-9, **settings)
+    assert_same_tokens(almost, model.generate(pixel_values, rbm_rerank=False, **settings))

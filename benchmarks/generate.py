@@ -1,0 +1,171 @@
+"""Speed of `generate` beside transformers' own BLIP, with the same weights, in one process and one run.
+
+    python -m benchmarks.generate --output benchmarks/results/generate.json
+
+Two models: BLIP-base's shape at 384 px with random weights, converted by `from_blip`; and the embedded model, of which stock
+BLIP has no such tower, so its decoder with transformers' own cache stands for stock. The contenders run in turn; every pair
+gives a ratio, and their median is reported. 20 new tokens, no caption ends early. Tokens are compared in the same run.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import BlipConfig, BlipForConditionalGeneration, DynamicCache, EncoderDecoderCache
+
+from modeling_blip_rbm import BlipRBMForConditionalGeneration
+
+
+REPO = Path(__file__).resolve().parent.parent
+NEW_TOKENS = 20
+
+
+def timed(function, *args, **kwargs):
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    return result, time.perf_counter() - start
+
+
+def cache_bytes(cache) -> int:
+    parts = (cache.self_attention_cache, cache.cross_attention_cache)
+    return sum(t.nbytes for part in parts for layer in part.layers for t in (layer.keys, layer.values))
+
+
+class Ours:
+    def __init__(self, model, **settings):
+        self.model, self.settings = model, settings
+
+    def vision(self, pixels):
+        return self.model.encode_image(pixels)
+
+    def decode(self, encoding, tokens, **kwargs):
+        return self.model.generate(encoding=encoding, **length(tokens), **self.settings, **kwargs)
+
+
+class StockBLIP:
+    def __init__(self, model):
+        self.model = model
+
+    def vision(self, pixels):
+        return self.model.vision_model(pixels)[0]
+
+    def decode(self, embeds, tokens, **kwargs):
+        """As `BlipForConditionalGeneration.generate` does after its vision model."""
+        config = self.model.config.text_config
+        ids = torch.full((len(embeds), 1), config.bos_token_id)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+        return self.model.text_decoder.generate(
+            input_ids=ids, eos_token_id=config.sep_token_id, pad_token_id=config.pad_token_id,
+            encoder_hidden_states=embeds, encoder_attention_mask=mask, **length(tokens), **kwargs,
+        )  # fmt: skip
+
+
+class StockCache(Ours):
+    """Our model with transformers' cache: the image's keys and values repeated for every beam."""
+
+    def decode(self, encoding, tokens, **kwargs):
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        return super().decode(encoding, tokens, past_key_values=cache, **kwargs)
+
+
+def length(tokens: int) -> dict:
+    return {"max_new_tokens": tokens, "min_new_tokens": tokens}
+
+
+@torch.no_grad()
+def compare(contenders: dict, pixels, pairs: int, **kwargs) -> dict:
+    """Seconds of vision, first token and whole decoding of each contender, in turn; the first is the one to beat."""
+    seconds = {name: {"vision": [], "first_token": [], "decoding": []} for name in contenders}
+    tokens, cached = {}, {}
+    for turn in range(pairs + 1):
+        for name, contender in contenders.items():
+            image, vision = timed(contender.vision, pixels)
+            _, first = timed(contender.decode, image, 1, **kwargs)
+            output, decoding = timed(contender.decode, image, NEW_TOKENS, return_dict_in_generate=True, **kwargs)
+            tokens[name] = output.sequences
+            cached[name] = cache_bytes(output.past_key_values)
+            if turn:  # the first turn warms up
+                for part, value in zip(("vision", "first_token", "decoding"), (vision, first, decoding)):
+                    seconds[name][part].append(value)
+    base = next(iter(contenders))
+    total = {n: [v + d for v, d in zip(s["vision"], s["decoding"])] for n, s in seconds.items()}
+    return {
+        name: {
+            "images_per_second": len(pixels) / statistics.median(total[name]),
+            **{part: statistics.median(values) for part, values in seconds[name].items()},
+            "ratio": statistics.median(b / o for b, o in zip(total[base], total[name])),
+            "decoding_ratio": statistics.median(
+                b / o for b, o in zip(seconds[base]["decoding"], seconds[name]["decoding"])
+            ),
+            "same_tokens": torch.equal(tokens[base], tokens[name]),
+            "cache_megabytes": cached[name] / 1e6,
+        }
+        for name in contenders
+    }
+
+
+def blip_base(dtype, rbm_words: int = 1000):
+    torch.manual_seed(0)
+    config = BlipConfig(vision_config={"image_size": 384}, text_config={"is_decoder": True})
+    config.vision_config.initializer_range = 0.02
+    stock = BlipForConditionalGeneration(config).to(dtype).eval()
+    ours = BlipRBMForConditionalGeneration.from_blip(stock, rbm_word_ids=list(range(2000, 2000 + rbm_words)))
+    contenders = {"stock BLIP": StockBLIP(stock), "BLIP-RBM, RBM off": Ours(ours, rbm=False)}
+    ours.rbm_layer.rbm.word_weight.data.normal_(0, 0.2)
+    contenders["BLIP-RBM, guide on"] = Ours(ours, rbm_guidance=0.1, rbm_rerank=False)
+    return contenders, 384
+
+
+def embedded(dtype):
+    model = BlipRBMForConditionalGeneration.from_pretrained(REPO / "checkpoints" / "blip-rbm-small").to(dtype).eval()
+    contenders = {
+        "stock cache": StockCache(model, rbm=False),
+        "BLIP-RBM, RBM off": Ours(model, rbm=False),
+        "BLIP-RBM, guide on": Ours(model, rbm_rerank=False),
+    }
+    return contenders, 260
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["embedded", "blip_base"], choices=["embedded", "blip_base"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--beams", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--output", help="results file")
+    args = parser.parse_args()
+    rows = []
+    print(
+        "| model | dtype | batch | beams | contender | images/s | vision s | decoding s | ratio | same tokens | cache MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    cells = [(m, d, b, n) for m in args.models for d in args.dtypes for b in args.batches for n in args.beams]
+    loaded = None
+    for name, dtype, batch, beams in tqdm(cells, desc="generate"):
+        if loaded != (name, dtype):
+            contenders, size = {"embedded": embedded, "blip_base": blip_base}[name](getattr(torch, dtype))
+            loaded = (name, dtype)
+        pixels = torch.randn(batch, 3, size, size, dtype=getattr(torch, dtype))
+        result = compare(contenders, pixels, args.pairs, num_beams=beams, do_sample=False)
+        for contender, entry in result.items():
+            rows.append(
+                {"model": name, "dtype": dtype, "batch": batch, "beams": beams, "contender": contender, **entry}
+            )
+            print(
+                f"| {name} | {dtype} | {batch} | {beams} | {contender} | {entry['images_per_second']:.2f} | "
+                f"{entry['vision']:.2f} | {entry['decoding']:.2f} | {entry['ratio']:.2f} | {entry['same_tokens']} | "
+                f"{entry['cache_megabytes']:.0f} |",
+                flush=True,
+            )
+    if args.output:
+        settings = vars(args) | {"threads": torch.get_num_threads(), "new_tokens": NEW_TOKENS}
+        Path(args.output).write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Several captions of one image: quality against diversity, by sampled hidden causes and by the usual ways.
+
+    python -m training.evaluate_diversity --model checkpoints/blip-rbm-small --dataset flickr8k --output runs/diversity.json
+
+For every way and every one of its settings: CIDEr-D of an image's captions (mean, and best of them), Div-2 and mBLEU-4 among
+them. A curve that lies above another is better at the same diversity; the picture beside `--output` shows them.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import matplotlib
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from training.arguments import parse_arguments
+from training.checkpoints import write_json
+from training.data import load_pairs
+from training.evaluate_captions import caption_rows
+from training.features import cache_features
+from training.metrics import CiderD, set_diversity
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass
+class DiversityArguments:
+    model: str = field(metadata={"help": "folder or Hub id of a BLIP-RBM"})
+    dataset: str = field(metadata={"help": "folder or Hub id with `image` and `captions` columns"})
+    output: str = field(metadata={"help": "results file; the picture beside it ends in .png"})
+    split: str = field(default="validation", metadata={"help": "split to evaluate on"})
+    max_images: Optional[int] = field(default=None, metadata={"help": "use only the first so many images"})
+    captions: int = field(default=5, metadata={"help": "of an image"})
+    max_new_tokens: int = field(default=20, metadata={"help": "longest caption"})
+    causes: list[float] = field(
+        default_factory=lambda: [0.1, 0.2, 0.4, 0.8], metadata={"help": "weights of the causes"}
+    )
+    temperatures: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8, 1.0], metadata={"help": "of sampling"})
+    top_p: float = field(default=0.9, metadata={"help": "of nucleus sampling"})
+    cache_dir: str = field(default="runs/features", metadata={"help": "where outputs of the vision tower are kept"})
+    seed: int = field(default=0, metadata={"help": "of everything random"})
+
+
+def ways(args: DiversityArguments) -> dict[str, dict[str, dict]]:
+    """Name of each way -> label of each setting -> arguments of `generate`."""
+    sampling = {"rbm": False, "do_sample": True, "num_beams": 1, "top_k": 0}
+    return {
+        "hidden causes, 3 beams": {
+            f"{weight:g}": {"rbm_diversity": weight, "rbm_guidance": 0.0, "num_beams": 3} for weight in args.causes
+        },
+        "sampling": {f"T {t:g}": sampling | {"temperature": t} for t in args.temperatures},
+        f"nucleus {args.top_p:g}": {
+            f"T {t:g}": sampling | {"temperature": t, "top_p": args.top_p} for t in args.temperatures
+        },
+        "beams": {"": {"rbm": False, "num_beams": args.captions}},
+    }
+
+
+def plot(points: dict, path: Path):
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharex=True)
+    for axis, key in zip(axes, ("cider_mean", "cider_best")):
+        for name, settings in points.items():
+            x, y = ([entry[k] for entry in settings.values()] for k in ("div_2", key))
+            axis.plot(x, y, marker="o", label=name)
+            for label, a, b in zip(settings, x, y):
+                axis.annotate(label, (a, b), fontsize=7, textcoords="offset points", xytext=(4, 4))
+        axis.set(
+            xlabel="Div-2 of an image's captions",
+            ylabel=f"CIDEr-D, {key.removeprefix('cider_')} of an image's captions",
+        )
+        axis.legend()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main():
+    (args,) = parse_arguments(DiversityArguments)
+    processor = BlipRBMProcessor.from_pretrained(args.model)
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    dataset = load_pairs(args.dataset, args.split, args.max_images)
+    store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
+    scorer, n = CiderD(dataset["captions"][:]), args.captions
+    points, examples = {}, {}
+    for name, settings in tqdm(ways(args).items(), desc="ways"):
+        points[name] = {}
+        for label, kwargs in settings.items():
+            set_seed(args.seed)
+            flat = caption_rows(
+                model, processor, store, range(len(dataset)), num_return_sequences=n, max_new_tokens=args.max_new_tokens,
+                rbm_rerank=False, **kwargs,
+            )  # fmt: skip
+            captions = [flat[i : i + n] for i in range(0, len(flat), n)]
+            cider = 100 * np.array([[scorer.score(i, c) for c in of_image] for i, of_image in enumerate(captions)])
+            entry = {"cider_mean": cider.mean(), "cider_best": cider.max(1).mean(), **set_diversity(captions)}
+            points[name][label] = entry
+            examples[f"{name} {label}".strip()] = captions[:10]
+            print(name, label, json.dumps({k: round(float(v), 3) for k, v in entry.items()}), flush=True)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    plot(points, output.with_suffix(".png"))
+    settings = {k: v for k, v in vars(args).items() if k != "output"}
+    write_json(output, {"images": len(dataset), "settings": settings, "ways": points, "examples": examples})
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
