@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, Features, Image, Sequence, Value
 from PIL import Image as PILImage
 from transformers import (
@@ -24,12 +25,33 @@ from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
 from modeling_blip_rbm.rbm import hidden_input
 from tests.conftest import REPO, VOCABULARY, random_image, tiny_tokenizer
 from training import features as features_module
+from training.average_captioners import average
 from training.checkpoints import save_captioner
 from training.data import image_view, load_pairs, split_held_back
 from training.evaluate_captions import caption_rows
+from training.evaluate_rbm import average_precision
 from training.features import cache_features
-from training.train_captioner import PackedCaptioner, caption_tokens, collate, packed_mask
-from training.train_rbm import average_precision, choose_words, match_loss, words_loss
+from training.train_captioner import (
+    GumbelNoise,
+    MinimumRiskTrainer,
+    PackedCaptioner,
+    PackedCaptions,
+    caption_tokens,
+    collate,
+    packed,
+    packed_mask,
+)
+from training.train_rbm import (
+    PooledPairs,
+    RBMArguments,
+    RBMObjective,
+    choose_words,
+    evaluations_since_best,
+    match_loss,
+    sparsity_loss,
+    words_loss,
+)
+from training.train_rbm import train as train_rbm
 
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "black": (10, 10, 10), "white": (245, 245, 245)}
@@ -120,13 +142,38 @@ def test_stages_end_to_end(pairs, towers, tmp_path):
     history = json.loads((tmp_path / "captioner" / "captioner.json").read_text())["held_back"]
     assert [entry["step"] for entry in history] == list(range(25, 251, 25)), out
 
+    risk = ["--model", "captioner/best", *data, "--output_dir", "risk", "--per_device_train_batch_size", 4]
+    risk += ["--samples", 3, "--unigram_bias", "false", "--full_vocabulary_share", 1, "--dropout", 0, "--max_steps", 6]
+    risk += ["--eval_strategy", "steps", "--eval_steps", 6, "--logging_steps", 3, "--ema_decay", 0.5]
+    out = succeed("train_captioner", *risk, "--learning_rate", "1e-4", "--max_new_tokens", 9, cwd=tmp_path)
+    assert "sampled_cider" in out and (tmp_path / "risk" / "best" / "config.json").exists()
+
     rbm = ["--model", "captioner/best", *data, "--output_dir", "rbm", "--num_words", 9, "--hidden_size", 7]
-    rbm += ["--batch_size", 5, "--eval_every", 5, "--cd", 0.01]
+    rbm += [
+        "--batch_size",
+        5,
+        "--eval_every",
+        5,
+        "--cd",
+        0.01,
+        "--cd_persistent",
+        "--sparsity_target",
+        0.3,
+        "--ais_every",
+        20,
+    ]
     succeed("train_rbm", *rbm, "--epochs", 10, cwd=tmp_path)
     succeed("train_rbm", *rbm, "--epochs", 40, cwd=tmp_path)  # goes on from epoch 10
     log = [json.loads(line) for line in (tmp_path / "rbm" / "log.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in log] == list(range(5, 41, 5))
     assert log[-1]["word_ap"] > max(0.7, log[0]["word_ap"] - 0.1) and np.isfinite(log[-1]["cd"])
+    assert [np.isfinite(entry.get("log_likelihood", np.nan)) for entry in log] == [i in (1, 3, 7) for i in range(8)]
+    assert log[-1]["sparsity"] < log[0]["sparsity"] + 0.1 and np.isfinite(log[-1]["free_energy_gap"])
+    assert PILImage.open(tmp_path / "rbm" / "curves.png").size == (1200, 560)
+    knows = ["--model", "rbm/best", "--dataset", pairs, "--output", "knows.json", "--cache_dir", tmp_path / "features"]
+    succeed("evaluate_rbm", *knows, "--queries", *list(COLOURS)[:2], cwd=tmp_path)
+    knows = json.loads((tmp_path / "knows.json").read_text())
+    assert knows["per_word_ap"] > knows["per_word_ap_chance"] + 0.2 and (tmp_path / "knows.png").exists()
 
     tune = [
         "--model",
@@ -159,6 +206,12 @@ def test_stages_end_to_end(pairs, towers, tmp_path):
     succeed("evaluate_captions", *evaluate, cwd=tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["images"] == 8 and set(results["systems"]) == {"BLIP", "BLIP-RBM"}
+    varied = ["--model", "tuned", "--dataset", pairs, "--output", "varied.json", "--cache_dir", tmp_path / "features"]
+    varied += ["--captions", 3, "--causes", 0.5, "--temperatures", 1.0, "--max_new_tokens", 9]
+    succeed("evaluate_diversity", *varied, cwd=tmp_path)
+    ways = json.loads((tmp_path / "varied.json").read_text())["ways"]
+    assert len(ways) == 4 and all(0 < e["div_2"] <= 1 for way in ways.values() for e in way.values())
+    assert (tmp_path / "varied.png").exists()
     right = sum(list(COLOURS)[i % 4] in entry["BLIP-RBM"] for i, entry in enumerate(results["captions"]))
     assert right >= 6, results["captions"]
 
@@ -260,25 +313,72 @@ def test_packed_loss_is_the_loss_of_single_captions(model, processor, pixel_valu
     tokens = vision_tokens(model.vision_model(pixel_values)).detach()
     for i, of_image in enumerate(captions):
         ids = caption_tokens(processor, of_image)
-        items.append(
-            {
-                "vision_hidden_states": tokens[i],
-                "input_ids": [t for c in ids for t in c[:-1]],
-                "labels": [t for c in ids for t in c[1:]],
-                "position_ids": [place for c in ids for place in range(len(c) - 1)],
-                "segments": [n for n, c in enumerate(ids) for _ in c[:-1]],
-            }
-        )
+        items.append({"index": i, "vision_hidden_states": tokens[i], **packed(ids)})
         for caption in ids:
             row = torch.tensor([caption])
             logits = model(vision_hidden_states=tokens[i : i + 1], input_ids=row).logits[0, :-1]
             single.append(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none"))
-    packed = PackedCaptioner(model.config).eval()
-    packed.load_state_dict(model.state_dict())
-    packed.full_vocabulary = True
-    torch.testing.assert_close(packed(**collate(items))["loss"], torch.cat(single).mean())
-    packed.full_vocabulary, packed.active = False, torch.arange(len(VOCABULARY))
-    torch.testing.assert_close(packed(**collate(items))["loss"], torch.cat(single).mean())
+    captioner = PackedCaptioner(model.config).eval()
+    captioner.load_state_dict(model.state_dict())
+    captioner.full_vocabulary = True
+    torch.testing.assert_close(captioner(**collate(items))["loss"], torch.cat(single).mean())
+    captioner.full_vocabulary, captioner.active = False, torch.arange(len(VOCABULARY))
+    torch.testing.assert_close(captioner(**collate(items))["loss"], torch.cat(single).mean())
+    weighted = [item | {"weights": [float(s + 1) for s in item["segments"]]} for item in items]
+    expected = sum(n * loss.sum() for n, loss in zip((1, 2, 1, 2, 3), single)) / len(torch.cat(single))
+    torch.testing.assert_close(captioner(**collate(weighted))["loss"], expected)
+
+
+def test_gumbel_noise_samples_from_the_softmax():
+    scores = torch.tensor([[0.0, 1.0, -1.0, 5.0, 0.5]]).expand(20_000, -1)
+    allowed = torch.tensor([0, 1, 2, 4])
+    drawn = GumbelNoise(allowed)(None, scores).argmax(-1)
+    share = torch.bincount(drawn, minlength=5) / len(drawn)
+    expected = torch.zeros(5).index_copy(0, allowed, scores[0, allowed].softmax(-1))
+    torch.testing.assert_close(share, expected, atol=0.012, rtol=0)
+
+
+def test_minimum_risk_makes_better_captions_likelier(model, processor, tmp_path):
+    """One image, two captions it may sample: the one that is a reference gains, the other loses."""
+    good, bad = caption_tokens(processor, ["a dog runs on grass", "the red ball"])
+    captioner = PackedCaptioner(model.config)
+    captioner.load_state_dict(model.state_dict())
+    captioner.full_vocabulary = True
+    features = vision_tokens(model.vision_model(torch.randn(1, 3, 24, 24))).detach()
+    references = [["a dog runs on grass", "a dog runs on the grass"], ["a white cat", "two people"]]
+    data = PackedCaptions(None, [0], [[good]])
+    args = TrainingArguments(tmp_path, report_to="none", use_cpu=True, max_steps=1)
+    trainer = MinimumRiskTrainer(
+        model=captioner, args=args, train_dataset=data, data_collator=collate, held_back=None, ema=None,
+        processor=processor, eval_beams=1, max_new_tokens=9, references=references, samples=2, reference_weight=0.0,
+    )  # fmt: skip
+    trainer.sample = lambda model, features: [[list(good), list(bad)]]
+
+    def log_prob(caption):
+        row = torch.tensor([caption])
+        logits = captioner(vision_hidden_states=features, input_ids=row).logits[0, :-1]
+        return logits.log_softmax(-1).gather(1, row[0, 1:, None]).sum().item()
+
+    captioner.eval()
+    before = log_prob(good), log_prob(bad)
+    optimizer = torch.optim.SGD(captioner.text_decoder.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        trainer.compute_loss(captioner, {"index": torch.tensor([0]), "vision_hidden_states": features}).backward()
+        optimizer.step()
+    captioner.eval()
+    assert log_prob(good) > before[0] and log_prob(bad) < before[1]
+    assert trainer.rewards[0] > 1  # half of a perfect caption's
+
+
+def test_average_of_captioners(model, blip):
+    other = BlipRBMForConditionalGeneration(model.config)
+    mean = average([model, other])
+    name = "text_decoder.bert.encoder.layer.0.output.dense.weight"
+    torch.testing.assert_close(mean[name], 0.5 * (model.state_dict()[name] + other.state_dict()[name]))
+    model.load_state_dict(mean)
+    with pytest.raises(ValueError, match="not of one kind"):
+        average([model, BlipRBMForConditionalGeneration.from_blip(blip)])
 
 
 def test_packed_mask():
@@ -323,9 +423,63 @@ def test_rbm_losses_fall_when_image_and_words_agree(model):
     assert match_loss(aligned, a, w).item() == pytest.approx(np.log(5), rel=1e-4)  # no words: chance
 
 
+def test_divergence_leaves_the_last_good_rbm(model, tmp_path):
+    rbm = model.rbm_layer.rbm
+    words = [torch.rand(2, rbm.word_size) < 0.3 for _ in range(23)]
+    pairs = PooledPairs(torch.randn(23, 2, rbm.visible_size), words)
+    held_back = (torch.randn(7, rbm.visible_size), words[:7])
+    settings = RBMArguments("x", str(tmp_path), epochs=2, batch_size=11, eval_every=1)
+    assert len(train_rbm(Accelerator(), model, pairs, held_back, settings)) == 2
+    good = (tmp_path / "best.pt").read_bytes()
+    settings = RBMArguments("x", str(tmp_path), epochs=5, batch_size=11, eval_every=1)
+    pairs.pooled[5] = float("nan")
+    with pytest.raises(FloatingPointError, match="diverged in epoch 3 .*lower --learning_rate"):
+        train_rbm(Accelerator(), model, pairs, held_back, settings)
+    assert (tmp_path / "best.pt").read_bytes() == good
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_collapse_is_said(model, tmp_path, capsys):
+    rbm = model.rbm_layer.rbm
+    words = [torch.rand(2, rbm.word_size) < 0.3 for _ in range(23)]
+    pairs = PooledPairs(torch.randn(23, 2, rbm.visible_size), words)
+    rbm.hidden_bias.data.fill_(-60.0)
+    settings = RBMArguments("x", str(tmp_path), epochs=1, batch_size=11, eval_every=1)
+    history = train_rbm(Accelerator(), model, pairs, (pairs.pooled[:7, 0], words[:7]), settings)
+    assert history[-1]["dead"] == 1.0
+    assert "collapsed, 100% of its hidden units are always off" in capsys.readouterr().out
+
+
+def test_persistent_chains_go_on(model):
+    rbm = model.rbm_layer.rbm
+    settings = RBMArguments("x", "x", words=0.0, match=0.0, cd=1.0, cd_persistent=True, batch_size=13)
+    objective = RBMObjective(rbm, settings)
+    start = objective.chain_h.clone()
+    pooled, w = torch.randn(5, rbm.visible_size), torch.rand(5, rbm.word_size).round()
+    loss, terms = objective(pooled, w)
+    loss.backward()
+    assert set(terms) == {"cd"} and rbm.image_weight.grad.abs().sum() > 0
+    assert objective.chain_h.shape == start.shape and not torch.equal(objective.chain_h, start)
+    assert "chain_x" in objective.state_dict()  # saved, so that a stopped run goes on with them
+    with pytest.raises(ValueError, match="exclude each other"):
+        RBMObjective(rbm, RBMArguments("x", "x", cd=1.0, cd_persistent=True, cd_clamp_image=True))
+
+
+def test_sparsity_loss_is_least_at_its_target():
+    at = lambda share: sparsity_loss(torch.logit(torch.full((7, 5), share)), 0.2).item()
+    assert at(0.2) < min(at(0.1), at(0.3)) and at(0.2) == pytest.approx(
+        -0.2 * np.log(0.2) - 0.8 * np.log(0.8), rel=1e-5
+    )
+
+
+def test_early_stopping_counts_from_the_best():
+    entries = [{"text_to_image_r10": r, "image_to_text_r10": 0} for r in (3, 5, 4, 4)]
+    assert [evaluations_since_best(entries[:n]) for n in (1, 2, 3, 4)] == [0, 0, 1, 2]
+
+
 def test_average_precision_by_hand():
     prob, target = torch.tensor([[0.9, 0.8, 0.7, 0.1]]), torch.tensor([[True, False, True, False]])
-    assert average_precision(prob, target) == pytest.approx((1 + 2 / 3) / 2)
+    torch.testing.assert_close(average_precision(prob, target), torch.tensor([(1 + 2 / 3) / 2]))
 
 
 def test_words_are_frequent_and_have_content():

@@ -35,6 +35,12 @@ class CaptionerArguments:
         default=True,
         metadata={"help": "start the output bias at the words' frequencies; false to go on from a trained one"},
     )
+    samples: int = field(
+        default=0, metadata={"help": "captions sampled an image for minimum-risk training; 0: train on the references"}
+    )
+    reference_weight: float = field(
+        default=0.1, metadata={"help": "in minimum-risk training, weight of the usual loss on one reference"}
+    )
     eval_beams: int = field(default=3, metadata={"help": "beams with which the held-back images are captioned"})
     max_new_tokens: int = field(default=20, metadata={"help": "longest caption"})
 

@@ -120,7 +120,8 @@ def main():
             "references_per_image": len(references[0]),
             "dataset": args.dataset.rstrip("/").split("/")[-1],
             "split": args.split,
-            "settings": settings | {"length_penalty": model.generation_config.length_penalty},
+            "settings": settings
+            | {name: getattr(model.generation_config, name) for name in ("length_penalty", "repetition_penalty")},
             "rbm": {
                 name: getattr(config, name)
                 for name in vars(config)

@@ -5,10 +5,15 @@
 
 The Trainer's checkpoints are in `--output_dir`; a run that is stopped goes on from the last one when it is started
 again. What is kept, in `<output_dir>/best`, is the moving average of the weights at the epoch whose captions of the
-held-back training images had the highest CIDEr-D.
+held-back training images had the highest CIDEr-D; in `<output_dir>/last` it is as at the end.
+
+With `--samples N` a trained captioner goes on by minimum-risk training: it samples N captions an image, and those with a
+higher CIDEr-D than the image's other samples become likelier (self-critical training, Rennie et al., CVPR 2017; the mean of
+the other samples as the baseline, Luo 2020, arXiv 2003.09971).
 """
 
 import copy
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import LogitsProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -47,8 +52,16 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
     image_token_dropout = 0.0
 
     def forward(
-        self, vision_hidden_states=None, input_ids=None, position_ids=None, segments=None, labels=None, **kwargs
+        self,
+        vision_hidden_states=None,
+        input_ids=None,
+        position_ids=None,
+        segments=None,
+        labels=None,
+        weights=None,
+        **kwargs,
     ):
+        """With `segments` (B, T) the packed loss: the mean over tokens of `weights` (B, T; default 1) * cross entropy."""
         if segments is None:
             return super().forward(
                 vision_hidden_states=vision_hidden_states,
@@ -77,7 +90,10 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
         if not self.full_vocabulary:
             weight, bias = weight[self.active], bias[self.active]
             targets = torch.searchsorted(self.active, targets)
-        return {"loss": F.cross_entropy(F.linear(hidden, weight, bias), targets, label_smoothing=self.label_smoothing)}
+        logits = F.linear(hidden, weight, bias)
+        if weights is None:
+            return {"loss": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
+        return {"loss": (F.cross_entropy(logits, targets, reduction="none") * weights[counted]).mean()}
 
 
 def packed_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -98,24 +114,43 @@ class PackedCaptions(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index):
-        captions = self.captions[index]
         view = int(torch.randint(self.store.num_views, ()))
         return {
+            "index": index,
             "vision_hidden_states": self.store.view(self.rows[index], view),
-            "input_ids": [token for caption in captions for token in caption[:-1]],
-            "labels": [token for caption in captions for token in caption[1:]],
-            "position_ids": [place for caption in captions for place in range(len(caption) - 1)],
-            "segments": [number for number, caption in enumerate(captions) for _ in caption[:-1]],
+            **packed(self.captions[index]),
         }
 
 
+def packed(captions: list[list[int]]) -> dict[str, list[int]]:
+    """The token ids [DEC] w1 ... wn [SEP] of an image's captions as one row: what goes in and what comes out."""
+    return {
+        "input_ids": [token for caption in captions for token in caption[:-1]],
+        "labels": [token for caption in captions for token in caption[1:]],
+        "position_ids": [place for caption in captions for place in range(len(caption) - 1)],
+        "segments": [number for number, caption in enumerate(captions) for _ in caption[:-1]],
+    }
+
+
+PADS = {"input_ids": 0, "labels": -100, "position_ids": 0, "segments": -1, "weights": 0.0}
+
+
+def pad_rows(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Rows from `packed` (and `weights` of the same length) as tensors (B, T)."""
+    longest = max(len(row["labels"]) for row in rows)
+    return {
+        name: torch.tensor([row[name] + [PADS[name]] * (longest - len(row[name])) for row in rows])
+        for name in rows[0]
+        if name in PADS
+    }
+
+
 def collate(items):
-    pads = {"input_ids": 0, "labels": -100, "position_ids": 0, "segments": -1}
-    longest = max(len(item["labels"]) for item in items)
-    batch = {"vision_hidden_states": torch.stack([item["vision_hidden_states"] for item in items]).float()}
-    for name, pad in pads.items():
-        batch[name] = torch.tensor([item[name] + [pad] * (longest - len(item[name])) for item in items])
-    return batch
+    return {
+        "index": torch.tensor([item["index"] for item in items]),
+        "vision_hidden_states": torch.stack([item["vision_hidden_states"] for item in items]).float(),
+        **pad_rows(items),
+    }
 
 
 class CaptionTrainer(Trainer):
@@ -149,6 +184,72 @@ class CaptionTrainer(Trainer):
         if metrics[f"{metric_key_prefix}_cider"] > best and self.is_world_process_zero():
             save_captioner(plain_model(model), self.processor, Path(self.args.output_dir) / "best")
         return metrics
+
+
+class GumbelNoise(LogitsProcessor):
+    """Makes the most probable token a sample (the Gumbel-max trick), among the token ids `allowed`.
+
+    `multinomial` over a whole vocabulary takes longer than the decoder here.
+    """
+
+    def __init__(self, allowed: torch.Tensor):
+        self.allowed = allowed
+
+    def __call__(self, input_ids, scores):
+        noisy = scores[:, self.allowed]
+        noisy -= torch.empty_like(noisy).exponential_().log_()
+        return torch.full_like(scores, float("-inf")).index_copy_(1, self.allowed, noisy)
+
+
+class MinimumRiskTrainer(CaptionTrainer):
+    """Trains on captions that the model samples, each weighted by how much better it is than the image's others.
+
+    Args:
+        references: of every training image, its captions as text.
+        samples: captions sampled an image.
+        reference_weight: weight of the usual loss on one of the image's own captions, which keeps the language.
+    """
+
+    def __init__(self, *args, references: list[list[str]], samples: int, reference_weight: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scorer, self.samples, self.reference_weight = CiderD(references), samples, reference_weight
+        self.rewards = []  # since the last log
+
+    @torch.no_grad()
+    def sample(self, model, features) -> list[list[list[int]]]:
+        """Token ids [DEC] w1 ... wn [SEP] of `samples` captions of each image."""
+        model.eval()
+        encoding = model.encode_image(vision_hidden_states=features, rbm=False)
+        start = torch.full((len(features) * self.samples, 1), model.decoder_input_ids)
+        sequences = model.generate(
+            encoding=encoding, input_ids=start, rbm=False, do_sample=False, num_beams=1,
+            max_new_tokens=self.generation["max_new_tokens"], logits_processor=[GumbelNoise(model.active)],
+        )  # fmt: skip
+        model.train()
+        sep = self.processor.tokenizer.sep_token_id
+        ended = [row[: row.index(sep) + 1] if sep in row else row for row in sequences.tolist()]
+        return [ended[i : i + self.samples] for i in range(0, len(ended), self.samples)]
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        features = inputs["vision_hidden_states"]
+        rows = []
+        for index, captions in zip(inputs["index"].tolist(), self.sample(model, features)):
+            texts = self.processor.captions([torch.tensor(caption) for caption in captions])
+            reward = torch.tensor([self.scorer.score(index, text) for text in texts])
+            others = (reward.sum() - reward) / (self.samples - 1)
+            self.rewards.append(reward.mean().item())
+            own = self.train_dataset.captions[index]
+            captions.append(own[int(torch.randint(len(own), ()))])
+            value = [*(reward - others).tolist(), self.reference_weight]
+            weights = [v for caption, v in zip(captions, value) for _ in caption[:-1]]
+            rows.append(packed(captions) | {"weights": weights})
+        return model(vision_hidden_states=features, **pad_rows(rows))["loss"]
+
+    def log(self, logs, *args, **kwargs):
+        if self.rewards and "loss" in logs:
+            logs["sampled_cider"] = 100 * sum(self.rewards) / len(self.rewards)
+            self.rewards = []
+        super().log(logs, *args, **kwargs)
 
 
 class AverageWeights(TrainerCallback):
@@ -204,6 +305,7 @@ def main():
     for name, module in model.text_decoder.named_modules():
         if isinstance(module, torch.nn.Dropout):  # not of attention weights: it cost a fifth of the time
             module.p = 0.0 if name.endswith("self.dropout") else captioner.dropout
+    model.generation_config.max_length = None  # max_new_tokens takes its place
     model.label_smoothing, model.image_token_dropout = captioner.label_smoothing, captioner.image_token_dropout
     model.requires_grad_(False)
     for part in (model.projector, model.text_decoder):
@@ -213,7 +315,7 @@ def main():
     dataset = load_pairs(data.dataset, data.train_split, data.max_images)
     store = cache_features(model.vision_model, processor.image_processor, dataset, data.cache_dir, data.views)
     train_rows, held_rows = split_held_back(dataset, data.held_back)
-    captions = dataset["captions"]
+    captions = dataset["captions"][:]
     tokens = [caption_tokens(processor, captions[i]) for i in train_rows]
     seen = [token for of_image in tokens for caption in of_image for token in caption[1:]]
     model.active = torch.tensor(sorted(set(seen)))
@@ -226,7 +328,10 @@ def main():
     average = AverageWeights(model, ema, captioner.full_vocabulary_share)
     if last_checkpoint is not None:
         average.resume(last_checkpoint)
-    trainer = CaptionTrainer(
+    train_captions = [captions[i] for i in train_rows]
+    risk = {"references": train_captions, "samples": captioner.samples, "reference_weight": captioner.reference_weight}
+    trainer = (MinimumRiskTrainer if captioner.samples else CaptionTrainer)(
+        **(risk if captioner.samples else {}),
         model=model,
         args=args,
         train_dataset=PackedCaptions(store, train_rows, tokens),
@@ -241,11 +346,14 @@ def main():
     )
     start = time.time()
     trainer.train(resume_from_checkpoint=last_checkpoint)
+    save_captioner(plain_model(ema.module.eval()), processor, Path(args.output_dir) / "last")
     settings = {"data": asdict(data), "captioner": asdict(captioner), "training": args.to_sanitized_dict()}
     history = [entry for entry in trainer.state.log_history if "eval_cider" in entry]
+    earlier = Path(captioner.model).parent / "captioner.json"  # of the stage whose `best` this one went on from
     write_json(
         Path(args.output_dir) / "captioner.json",
         {
+            "went_on_from": json.loads(earlier.read_text()) if earlier.exists() else None,
             "minutes": (time.time() - start) / 60,
             "active_vocabulary": len(model.active),
             "held_back": history,

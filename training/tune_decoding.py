@@ -5,8 +5,9 @@
 Every number here is of held-back *training* images; no validation image is looked at. In this order:
 
 1. plain BLIP: how much of the words' log frequency is taken off the output bias (logit adjustment, Menon et al., ICLR 2021,
-   arXiv 2007.07314), and beam search's length penalty. Of the weights whose CIDEr-D is within `tolerance` of the best,
-   the one with the largest vocabulary: variety where it costs nothing. Both become part of plain BLIP, the baseline.
+   arXiv 2007.07314), the repetition penalty and beam search's length penalty. Of the settings whose CIDEr-D is within
+   `tolerance` of the best, and BLEU-4 within `bleu_tolerance`, the one with the largest vocabulary: variety where it costs
+   little. They become part of plain BLIP, the baseline.
 2. guide: its weight, in the same way with `guide_tolerance`.
 3. re-rank: its weights on the candidates that guide gives, by a grid over the parts of each candidate's score.
 """
@@ -21,6 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from modeling_blip_rbm.decoding_blip_rbm import SIMILARITIES, rerank_scores
 from training.arguments import DataArguments, parse_arguments
 from training.checkpoints import save_captioner, write_json
 from training.data import load_pairs, split_held_back
@@ -41,10 +43,16 @@ class TuningArguments:
         default_factory=lambda: [0.0, 0.1, 0.2, 0.3],
         metadata={"help": "shares of the log frequency taken off the bias"},
     )
+    repetition_penalty: list[float] = field(
+        default_factory=lambda: [1.0, 1.1, 1.2], metadata={"help": "repetition penalties tried"}
+    )
     length_penalty: list[float] = field(
         default_factory=lambda: [1.0, 1.4], metadata={"help": "beam search's length penalties tried"}
     )
     tolerance: float = field(default=1.0, metadata={"help": "CIDEr-D points that plain BLIP may give for vocabulary"})
+    bleu_tolerance: float = field(
+        default=0.6, metadata={"help": "BLEU-4 points that plain BLIP may give for vocabulary"}
+    )
     guide_tolerance: float = field(default=0.5, metadata={"help": "the same for guide, before re-rank"})
     guidance: list[float] = field(default_factory=lambda: [0.0, 0.03, 0.06, 0.1], metadata={"help": "weights tried"})
     order: str = field(default="second", metadata={"help": "how word gains are computed: exact, second, first"})
@@ -54,45 +62,47 @@ class TuningArguments:
 RERANK_GRID = {
     "rbm_rerank_length_penalty": (0.0, 0.5, 1.0),
     "rbm_rerank_pmi": (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
-    "rbm_rerank_consensus": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+    "rbm_rerank_consensus": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+    "rbm_rerank_similarity": SIMILARITIES,
 }
 
 
 @torch.no_grad()
 def candidate_parts(model, processor, store, rows, n: int, batch_size: int = 8, **generate_kwargs):
-    """Of each image's n beams: captions, and log-probability, length, PMI and consensus as arrays (images, n)."""
-    config, captions, parts = model.config, [], []
-    weights = ("rbm_rerank_length_penalty", "rbm_rerank_pmi", "rbm_rerank_consensus")
-    saved = {name: getattr(config, name) for name in weights}
+    """Of each image's n candidates: captions, and the parts of their scores as arrays (images, n).
+
+    Candidates are beams, or samples with `do_sample=True`.
+    """
+    captions, parts = [], []
+    if not generate_kwargs.get("do_sample"):
+        generate_kwargs["num_beams"] = n
     for start in tqdm(range(0, len(rows), batch_size), desc="candidates"):
-        features = store.batch(rows[start : start + batch_size])
-        encoding = model.encode_image(vision_hidden_states=features)
-        sequences = model.generate(
-            encoding=encoding, num_beams=n, num_return_sequences=n, rbm_rerank=False, **generate_kwargs
-        )
+        encoding = model.encode_image(vision_hidden_states=store.batch(rows[start : start + batch_size]))
+        sequences = model.generate(encoding=encoding, num_return_sequences=n, rbm_rerank=False, **generate_kwargs)
         texts = processor.captions(sequences)
         captions += [texts[i : i + n] for i in range(0, len(texts), n)]
-        # The score is linear in the weights: its parts are its values with one weight at a time.
-        log_prob, length = model.score_captions(encoding, sequences)
-        values = [log_prob.view(-1, n), length.view(-1, n)]
-        for pmi, consensus in ((1.0, 0.0), (0.0, 1.0)):
-            for name, value in zip(weights, (0.0, pmi, consensus)):
-                setattr(config, name, value)
-            values.append(model.candidate_scores(encoding, sequences) - values[0])
-        parts.append(torch.stack(values))
-    for name, value in saved.items():
-        setattr(config, name, value)
-    return captions, torch.cat(parts, dim=1).numpy()
+        parts.append(model.candidate_parts(encoding, sequences, SIMILARITIES))
+    return captions, {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
 
-def tune_rerank(parts: np.ndarray, cider: np.ndarray) -> tuple[dict[str, float], list]:
+def tune_rerank(parts: dict[str, np.ndarray], cider: np.ndarray) -> tuple[dict, list]:
     """The weights with the best mean sentence CIDEr-D of the chosen candidate, and what the grid gave."""
-    log_prob, length, pmi, consensus = parts
     tried = []
-    for penalty, l_pmi, l_consensus in itertools.product(*RERANK_GRID.values()):
-        score = log_prob / np.maximum(length, 1) ** penalty + l_pmi * pmi + l_consensus * consensus
+    for values in itertools.product(*RERANK_GRID.values()):
+        weights = dict(zip(RERANK_GRID, values))
+        if weights["rbm_rerank_consensus"] == 0 and weights["rbm_rerank_similarity"] != SIMILARITIES[0]:
+            continue  # the same as with the first
+        score = rerank_scores(
+            *(
+                torch.from_numpy(parts[name])
+                for name in ("log_prob", "length", "pmi", weights["rbm_rerank_similarity"])
+            ),
+            weights["rbm_rerank_length_penalty"],
+            weights["rbm_rerank_pmi"],
+            weights["rbm_rerank_consensus"],
+        ).numpy()
         chosen = np.take_along_axis(cider, score.argmax(1)[:, None], 1).mean()
-        tried.append((100 * chosen, dict(zip(RERANK_GRID, (penalty, l_pmi, l_consensus)))))
+        tried.append((100 * chosen, weights))
     tried.sort(key=lambda entry: -entry[0])
     return tried[0][1], tried
 
@@ -112,28 +122,39 @@ class HeldBack:
         return settings | entry
 
 
-def most_varied(entries: list[dict], tolerance: float) -> dict:
-    """Of the entries within `tolerance` of the best CIDEr-D, the one with the largest vocabulary."""
-    best = max(entry["cider"] for entry in entries)
-    return max(
-        (entry for entry in entries if entry["cider"] >= best - tolerance), key=lambda entry: entry["vocabulary"]
-    )
+def most_varied(entries: list[dict], tolerance: float, bleu_tolerance: float = float("inf")) -> dict:
+    """Of the entries within `tolerance` of the best CIDEr-D and `bleu_tolerance` of the best BLEU-4, the one with the largest
+    vocabulary; the one with the best CIDEr-D if none is."""
+    best = {name: max(entry[name] for entry in entries) for name in ("cider", "bleu_4")}
+    good = [
+        entry
+        for entry in entries
+        if entry["cider"] >= best["cider"] - tolerance and entry["bleu_4"] >= best["bleu_4"] - bleu_tolerance
+    ]
+    if not good:
+        return max(entries, key=lambda entry: entry["cider"])
+    return max(good, key=lambda entry: entry["vocabulary"])
 
 
 @torch.no_grad()
 def tune_plain(model, held_back: HeldBack, log_frequency: torch.Tensor, args: TuningArguments) -> list[dict]:
-    """Set the output bias and the length penalty of plain BLIP; what was tried."""
+    """Set the output bias, the repetition and the length penalty of plain BLIP; what was tried."""
     bias = model.text_decoder.cls.predictions.bias
     trained, tried = bias.clone(), []
-    for prior in args.prior:
+
+    def measure(prior, **settings):
         bias.copy_(trained - prior * log_frequency)
-        tried.append({"prior": prior, **held_back.measure(model, rbm=False, length_penalty=args.length_penalty[0])})
-    chosen = most_varied(tried, args.tolerance)
-    bias.copy_(trained - chosen["prior"] * log_frequency)
+        tried.append({"prior": prior, **held_back.measure(model, rbm=False, **settings)})
+
+    for prior, penalty in itertools.product(args.prior, args.repetition_penalty):
+        measure(prior, repetition_penalty=penalty, length_penalty=args.length_penalty[0])
+    chosen = most_varied(tried, args.tolerance, args.bleu_tolerance)
     for penalty in args.length_penalty[1:]:
-        tried.append({"prior": chosen["prior"], **held_back.measure(model, rbm=False, length_penalty=penalty)})
-    penalties = [entry for entry in tried if entry["prior"] == chosen["prior"]]
-    model.generation_config.length_penalty = most_varied(penalties, args.tolerance)["length_penalty"]
+        measure(chosen["prior"], repetition_penalty=chosen["repetition_penalty"], length_penalty=penalty)
+    chosen = most_varied(tried, args.tolerance, args.bleu_tolerance)
+    bias.copy_(trained - chosen["prior"] * log_frequency)
+    for name in ("repetition_penalty", "length_penalty"):
+        setattr(model.generation_config, name, chosen[name])
     return tried
 
 
@@ -165,13 +186,25 @@ def main():
         "oracle": 100 * cider.max(1).mean(),
         "best": tried[:10],
         "without_pmi": max(score for score, weights in tried if weights["rbm_rerank_pmi"] == 0),
+        "by_similarity": {
+            kind: max(score for score, weights in tried if weights["rbm_rerank_similarity"] == kind)
+            for kind in SIMILARITIES
+        },
         "without_consensus": max(score for score, weights in tried if weights["rbm_rerank_consensus"] == 0),
     }
     print(json.dumps(rerank, indent=1))
     for name, value in {"rbm_rerank": True, **chosen}.items():
         setattr(config, name, value)
     save_captioner(model, processor, args.output_dir, half=args.half)
-    report = {"images": len(rows), "plain": plain, "guide": guide, "rerank": rerank, "chosen": chosen}
+    chosen_plain = most_varied(plain, args.tolerance, args.bleu_tolerance)
+    report = {
+        "images": len(rows),
+        "plain": plain,
+        "chosen_plain": chosen_plain,
+        "guide": guide,
+        "rerank": rerank,
+        "chosen": chosen,
+    }
     write_json(Path(args.output_dir) / "tuning.json", report)
 
 
