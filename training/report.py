@@ -41,7 +41,8 @@ def results_table(results: dict) -> str:
     rerank = f"re-rank of {rbm['rbm_rerank_candidates']} beams" if rbm["rbm_rerank"] else "no re-rank"
     lines += [
         "",
-        f"{settings['num_beams']} beams, at most {settings['max_new_tokens']} new tokens, {results['references_per_image']} "
+        f"{settings['num_beams']} beams, length penalty {settings['length_penalty']:g}, repetition penalty "
+        f"{settings['repetition_penalty']:g}, at most {settings['max_new_tokens']} new tokens, {results['references_per_image']} "
         f"references an image, COCO tokenization; novel: share of captions that no training image has. "
         f"BLIP-RBM: the same BLIP with guide (weight {rbm['rbm_guidance']:g}) and {rerank}, chosen on held-back training "
         "images. Intervals: paired bootstrap over images.",
@@ -50,11 +51,13 @@ def results_table(results: dict) -> str:
 
 
 def training_table(captioner: dict, rbm: dict, tuning: dict) -> str:
-    best = max(captioner["held_back"], key=lambda entry: entry["eval_cider"])
+    minutes, stage = 0.0, captioner
+    while stage:
+        minutes, stage = minutes + stage["minutes"], stage.get("went_on_from")
     last = rbm["held_back"][-1]
-    rerank = tuning["rerank"]
+    rerank, plain = tuning["rerank"], tuning["chosen_plain"]
     rows = [
-        ("captioner", f"{captioner['minutes']:.0f}", f"CIDEr-D {best['eval_cider']:.1f} on {captioner['data']['held_back']} held-back images"),
+        ("captioner", f"{minutes:.0f}", f"CIDEr-D {plain['cider']:.1f}, vocabulary {plain['vocabulary']} on {tuning['images']} held-back images, as it decodes"),
         ("RBM", f"{rbm['minutes']:.1f}", f"R@10 {last['image_to_text_r10']:.0f} image to text, {last['text_to_image_r10']:.0f} text to image, word AP {last['word_ap']:.2f}"),
         (
             "re-rank",
@@ -65,6 +68,64 @@ def training_table(captioner: dict, rbm: dict, tuning: dict) -> str:
     ]  # fmt: skip
     lines = ["| stage | minutes | on held-back training images |", "|---|---|---|"]
     return "\n".join(lines + [f"| {stage} | {minutes} | {text} |" for stage, minutes, text in rows])
+
+
+def rbm_speed_table(speed: dict) -> str:
+    settings = speed["settings"]
+    lines = [
+        f"PCD-1, V {settings['visible']}, H {settings['hidden']}, batch {settings['batch']:,}, samples per second, medians of "
+        f"{settings['rounds']} rounds in turn:",
+        "",
+    ]
+    threads = speed["results"]
+    lines.append("| | " + " | ".join(f"{r['threads']} thread{'s' * (r['threads'] > 1)}" for r in threads) + " |")
+    lines.append("|---" * (len(threads) + 1) + "|")
+    for name in threads[0]["samples_per_second"]:
+        cells = [
+            f"{r['samples_per_second'][name]:,.0f} ({r['times_best_peer'][name]:.1f} x best peer, "
+            f"{r['share_of_own_bound'][name]:.0%} of its precision's bound)"
+            for r in threads
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    rates = "; ".join(
+        f"{r['threads']}: " + ", ".join(f"{name} {rate:.0f}" for name, rate in r["gflops"].items()) for r in threads
+    )
+    chosen = " and ".join(dict.fromkeys(r["chosen_precision"] for r in threads))
+    return "\n".join(
+        [*lines, "", f"GFLOP/s of matrix products by threads: {rates}. Precision that `auto` chose: {chosen}."]
+    )
+
+
+def rbm_likelihood_table(likelihood: dict) -> str:
+    settings = likelihood["settings"]
+    lines = [
+        f"Held-back digits (binarised, 8 x 8), {settings['hidden']} hidden units, {settings['epochs']} epochs, each library's "
+        f"best learning rate on a validation part, mean of {len(settings['seeds'])} seeds, nats by the same AIS:",
+        "",
+        "| | log P, test | log P, train | spread over seeds |",
+        "|---|---|---|---|",
+    ]
+    for name, entry in likelihood["libraries"].items():
+        lines.append(f"| {name} | {entry['test']:.2f} | {entry['train']:.2f} | {entry['spread']:.2f} |")
+    return "\n".join(lines)
+
+
+def rbm_uses_table(uses: dict) -> str:
+    mean = lambda values: sum(values) / len(values)
+    probe, reduced, start = uses["features"], uses["dimension_reduction"], uses["initialisation"]
+    return "\n".join(
+        [
+            "| use, on scikit-learn's digits | RBM | without |",
+            "|---|---|---|",
+            f"| generation: log P of held-back digits (nats) | {uses['log_likelihood_test']:.1f} | "
+            f"{uses['log_likelihood_independent_pixels']:.1f}, independent pixels |",
+            f"| features: linear probe on {probe['units']} hidden units | {probe['hidden_units']:.1%} | {probe['pixels']:.1%}, pixels |",
+            f"| initialisation: network with {start['labelled']} labels | {mean(start['from_dbn']):.1%} | "
+            f"{mean(start['from_chance']):.1%}, from chance |",
+            f"| dimension reduction: 5 nearest neighbours on {reduced['units']} numbers | {reduced['rbm']:.1%} | "
+            f"{reduced['pca']:.1%}, PCA |",
+        ]
+    )
 
 
 def model_index(results: dict) -> str:
@@ -93,7 +154,11 @@ def model_index(results: dict) -> str:
 def blocks() -> dict[str, str]:
     read = lambda name: json.loads((CHECKPOINT / name).read_text())
     results = read("results.json")
+    benchmark = lambda name: json.loads((REPO / "benchmarks" / "results" / name).read_text())
     return {
+        "rbm-speed": rbm_speed_table(benchmark("rbm.json")),
+        "rbm-likelihood": rbm_likelihood_table(benchmark("rbm_likelihood.json")),
+        "rbm-uses": rbm_uses_table(benchmark("digits_rbm.json")),
         "results": results_table(results),
         "training": training_table(read("captioner.json"), read("rbm.json"), read("tuning.json")),
         "parameters": f"{results['parameters'] / 1e6:.1f} M parameters",
@@ -122,8 +187,9 @@ def derived_files() -> dict[Path, str]:
         REPO / "model_card.md": card,
         CHECKPOINT / "README.md": card,
     }
-    for copy in CHECKPOINT.glob("*.py"):
-        files[copy] = (REPO / "modeling_blip_rbm" / copy.name).read_text()
+    for code in (REPO / "modeling_blip_rbm").glob("*.py"):
+        if code.name not in ("__init__.py", "__main__.py"):
+            files[CHECKPOINT / code.name] = code.read_text()
     return files
 
 

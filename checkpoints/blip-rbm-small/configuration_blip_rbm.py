@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, BlipConfig, BlipTextConfig, BlipVisionConfig, PretrainedConfig
 
+from .decoding_blip_rbm import SIMILARITIES
 from .rbm import WORD_GAIN_ORDERS
 
 
@@ -59,7 +60,8 @@ class BlipRBMConfig(BlipConfig):
         rbm_rerank (`bool`, defaults to `False`): return the best of the candidates by decoder, RBM and consensus.
         rbm_rerank_candidates (`int`, defaults to 10): beams (or samples) among which to choose, at least.
         rbm_rerank_pmi (`float`, defaults to 0.0): weight of the RBM's pointwise mutual information (nats).
-        rbm_rerank_consensus (`float`, defaults to 0.0): weight of the mean Jaccard similarity to the other candidates.
+        rbm_rerank_consensus (`float`, defaults to 0.0): weight of the mean similarity to the other candidates.
+        rbm_rerank_similarity (`str`, defaults to "jaccard"): which similarity, see `decoding_blip_rbm.caption_similarity`.
         rbm_rerank_length_penalty (`float`, defaults to 1.0): alpha in log P / length^alpha.
 
     Raises:
@@ -88,6 +90,7 @@ class BlipRBMConfig(BlipConfig):
         rbm_rerank_candidates=10,
         rbm_rerank_pmi=0.0,
         rbm_rerank_consensus=0.0,
+        rbm_rerank_similarity="jaccard",
         rbm_rerank_length_penalty=1.0,
         **kwargs,
     ):
@@ -117,6 +120,7 @@ class BlipRBMConfig(BlipConfig):
         self.rbm_rerank_candidates = rbm_rerank_candidates
         self.rbm_rerank_pmi = rbm_rerank_pmi
         self.rbm_rerank_consensus = rbm_rerank_consensus
+        self.rbm_rerank_similarity = rbm_rerank_similarity
         self.rbm_rerank_length_penalty = rbm_rerank_length_penalty
         self._check()
         if self.vision_hidden_size is not None:
@@ -167,6 +171,7 @@ class BlipRBMConfig(BlipConfig):
         check("rbm_guidance", is_number(self.rbm_guidance), "a finite number")
         check("rbm_guidance_clip", is_number(self.rbm_guidance_clip, 0), "a finite number from 0")
         check("rbm_guidance_order", self.rbm_guidance_order in WORD_GAIN_ORDERS, ", ".join(WORD_GAIN_ORDERS))
+        check("rbm_rerank_similarity", self.rbm_rerank_similarity in SIMILARITIES, ", ".join(map(repr, SIMILARITIES)))
         check("rbm_rerank_candidates", is_int(self.rbm_rerank_candidates, 1), "an int from 1")
         for name in ("rbm_rerank_pmi", "rbm_rerank_consensus", "rbm_rerank_length_penalty"):
             check(name, is_number(getattr(self, name)), "a finite number")

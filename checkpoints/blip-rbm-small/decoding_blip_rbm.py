@@ -34,10 +34,28 @@ class RBMGuidance(LogitsProcessor):
     Args:
         hidden_input: a (B, H) of the images; rows R of the scores must be a multiple of B, an image's rows adjacent.
         beta: weight. clip: bound on |g_k| in nats. order: see `rbm.word_gains`.
+        causes: h (B, H), sampled hidden causes that these captions shall be about: word k gains diversity * U_k'(h - q), its
+            log-odds given h less those given the mean, q = P(h | x).
+        diversity: weight of the causes.
     """
 
-    def __init__(self, parameters: RBMParameters, hidden_input, word_ids, vocab_size, beta, clip=5.0, order="exact"):
+    def __init__(
+        self,
+        parameters: RBMParameters,
+        hidden_input,
+        word_ids,
+        vocab_size,
+        beta,
+        clip=5.0,
+        order="exact",
+        causes=None,
+        diversity=0.0,
+    ):
         self.parameters, self.hidden_input = parameters, hidden_input
+        self.shift = None
+        if causes is not None:
+            shift = (causes - torch.sigmoid(hidden_input)) @ parameters.U.T  # (B, K)
+            self.shift = diversity * shift.clamp(-clip, clip)
         self.word_ids = torch.tensor(word_ids, device=hidden_input.device)
         self.columns = word_columns(word_ids, vocab_size, hidden_input.device)
         self.beta, self.clip, self.order = beta, clip, order
@@ -52,8 +70,11 @@ class RBMGuidance(LogitsProcessor):
         return gains.clamp(-self.clip, self.clip) * (1 - said)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        bonus = self.beta * self.gains(input_ids).to(scores.dtype)
-        return scores.index_add(1, self.word_ids, bonus)
+        bonus = self.beta * self.gains(input_ids) if self.beta else 0.0
+        if self.shift is not None:
+            said = words_said(input_ids, self.columns, len(self.word_ids))
+            bonus = bonus + self.shift.repeat_interleave(len(input_ids) // len(self.shift), 0) * (1 - said)
+        return scores.index_add(1, self.word_ids, bonus.to(scores.dtype))
 
 
 class ContextLimit(StoppingCriteria):
@@ -67,21 +88,70 @@ class ContextLimit(StoppingCriteria):
         return torch.full((input_ids.shape[0],), full, dtype=torch.bool, device=input_ids.device)
 
 
-def consensus(sequences: torch.Tensor, ignored: tuple[int, ...]) -> torch.Tensor:
-    """(B, n) mean Jaccard similarity of each candidate's token set to those of the other candidates (B, n, T).
+SIMILARITIES = ("jaccard", "overlap", "cosine", "ngram", "hidden_js", "hidden_kl")
 
-    The minimum-Bayes-risk choice under that similarity (Kumar & Byrne, NAACL 2004). One candidate: 0.
+
+def ngram_counts(sequences: torch.Tensor, n: int, ignored: tuple[int, ...]) -> torch.Tensor:
+    """(B, m, G) how often each n-gram of an image's m captions (B, m, T) stands in each; none over an ignored token.
+
+    G is the number of different n-grams in the batch. n-grams are numbers to the base of the largest token id: exact up
+    to n = 4 for a vocabulary of 55,000.
     """
-    num_images, n, _ = sequences.shape
-    if n == 1:
-        return torch.zeros(num_images, 1, device=sequences.device)
-    tokens, index = torch.unique(sequences, return_inverse=True)
-    sets = torch.zeros(num_images, n, len(tokens), device=sequences.device).scatter_(2, index, 1.0)
-    sets[..., torch.isin(tokens, torch.tensor(ignored, device=tokens.device))] = 0.0
-    shared = sets @ sets.transpose(1, 2)  # (B, n, n)
+    base = int(sequences.max()) + 1
+    length = sequences.shape[-1] - n + 1
+    dropped = torch.isin(sequences, torch.tensor(ignored, device=sequences.device))
+    number = torch.zeros_like(sequences[..., :length])
+    kept = torch.ones_like(number, dtype=torch.bool)
+    for i in range(n):
+        number = number * base + sequences[..., i : i + length]
+        kept &= ~dropped[..., i : i + length]
+    ngrams, index = torch.unique(number, return_inverse=True)
+    counts = torch.zeros(*sequences.shape[:2], len(ngrams), device=sequences.device)
+    return counts.scatter_add_(2, index, kept.to(counts.dtype))
+
+
+def caption_similarity(sequences, kind: str, ignored: tuple[int, ...], q=None) -> torch.Tensor:
+    """(B, m, m) similarity of an image's m captions (B, m, T) to one another.
+
+    Args:
+        kind: of their sets of tokens, "jaccard" (shared / all), "overlap" (shared / those of the shorter; Szymkiewicz 1934)
+            or "cosine"; "ngram": the mean over n = 1..4 of the cosine of clipped n-gram counts (CIDEr-D, Vedantam et al.
+            2015, without idf); of the RBM's posteriors over hidden causes, "hidden_js" and "hidden_kl": 1 - Jensen-Shannon
+            divergence and exp(-KL) of the independent units' distributions, mean over units.
+        q (B, m, H): P(h = 1 | x, caption), for the last two.
+    """
+    if kind == "ngram":
+        total = 0.0
+        for n in range(1, min(4, sequences.shape[-1]) + 1):
+            counts = ngram_counts(sequences, n, ignored)
+            norm = counts.norm(dim=-1).clamp(min=1e-6)
+            clipped = torch.stack([(torch.minimum(c[:, None], c[None]) * c[None]).sum(-1) for c in counts])
+            total = total + clipped / (norm[:, :, None] * norm[:, None])
+        return total / 4
+    if kind in ("hidden_js", "hidden_kl"):
+        p = q.clamp(1e-6, 1 - 1e-6)
+        entropy = lambda r: -(r * r.log() + (1 - r) * (1 - r).log())
+        if kind == "hidden_js":
+            mixed = 0.5 * (p[:, :, None] + p[:, None])
+            divergence = entropy(mixed) - 0.5 * (entropy(p)[:, :, None] + entropy(p)[:, None])
+            return 1 - (divergence / torch.log(torch.tensor(2.0))).mean(-1)
+        cross = -(p[:, :, None] * p.log()[:, None] + (1 - p[:, :, None]) * (1 - p).log()[:, None])
+        return torch.exp(-(cross - entropy(p)[:, :, None]).mean(-1))
+    sets = (ngram_counts(sequences, 1, ignored) > 0).float()
+    shared = sets @ sets.transpose(1, 2)
     sizes = sets.sum(-1)
-    jaccard = shared / (sizes[:, :, None] + sizes[:, None, :] - shared).clamp(min=1.0)
-    return (jaccard.sum(-1) - jaccard.diagonal(dim1=1, dim2=2)) / (n - 1)
+    a, b = sizes[:, :, None], sizes[:, None, :]
+    whole = {"jaccard": a + b - shared, "overlap": torch.minimum(a, b), "cosine": (a * b).sqrt()}
+    if kind not in whole:
+        raise ValueError(f"similarity is {kind!r}; allowed are {', '.join(map(repr, SIMILARITIES))}")
+    return shared / whole[kind].clamp(min=1.0)
+
+
+def consensus(similarity: torch.Tensor) -> torch.Tensor:
+    """(B, n) mean similarity (B, n, n) of each candidate to the others: the minimum-Bayes-risk choice under that similarity
+    (Kumar & Byrne, NAACL 2004). One candidate: 0."""
+    n = similarity.shape[-1]
+    return (similarity.sum(-1) - similarity.diagonal(dim1=1, dim2=2)) / max(n - 1, 1)
 
 
 def rerank_scores(log_prob, length, pmi, agreement, length_penalty: float, l_pmi: float, l_consensus: float):

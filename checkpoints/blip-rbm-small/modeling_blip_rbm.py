@@ -9,6 +9,7 @@ Axes: B images, N image tokens, C width of the vision tower's output, D width th
 T text tokens, V = 2C or C pooled image units, H hidden causes, K words of the RBM.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
@@ -19,6 +20,8 @@ from torch import nn
 from transformers import (
     AutoModel,
     BlipForConditionalGeneration,
+    DynamicCache,
+    EncoderDecoderCache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -29,8 +32,16 @@ from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, Bli
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_blip_rbm import BlipRBMConfig
-from .decoding_blip_rbm import ContextLimit, RBMGuidance, consensus, rerank_scores, word_columns, words_said
-from .rbm import JointRBM, pointwise_mutual_information, word_gains
+from .decoding_blip_rbm import (
+    ContextLimit,
+    RBMGuidance,
+    caption_similarity,
+    consensus,
+    rerank_scores,
+    word_columns,
+    words_said,
+)
+from .rbm import JointRBM, bernoulli, pointwise_mutual_information, word_gains
 
 
 try:  # transformers 5: initialises only what a checkpoint did not give
@@ -44,6 +55,7 @@ logger = logging.get_logger(__name__)
 def _files_of_the_package():  # never called: transformers copies along with a model the files that its code imports
     from .pipeline_blip_rbm import BlipRBMImageToTextPipeline  # noqa: F401
     from .processing_blip_rbm import BlipRBMProcessor  # noqa: F401
+    from .rbm_estimator import RBM  # noqa: F401
 
 
 @dataclass
@@ -124,11 +136,58 @@ class RBMLayer(nn.Module):
         return image_embeds + (self.gate * self.shift(causes))[:, None].to(image_embeds.dtype)
 
 
-class MaskedCrossAttention(BlipTextSelfAttention):
-    """BLIP's cross-attention, which loses the image tokens' mask: it arrives under the name that is not read."""
+class ImageCache(EncoderDecoderCache):
+    """The decoder's cache with the image's keys and values computed once an image, and neither copied nor reordered with
+    its beams: they are the same for all captions of an image.
 
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        return super().forward(hidden_states, encoder_attention_mask=attention_mask, **kwargs)
+    Stock BLIP repeats them for every beam and copies them all at every step. The rows of the text must be a multiple of
+    the images, an image's rows adjacent.
+
+    Args:
+        text_decoder: BLIP's. image_embeds (B, N, D).
+    """
+
+    def __init__(self, text_decoder, image_embeds: torch.Tensor):
+        super().__init__(DynamicCache(), DynamicCache())
+        self.image_embeds = image_embeds
+        for i, layer in enumerate(text_decoder.bert.encoder.layer):
+            self.cross_attention_cache.update(*layer.crossattention.self.keys_and_values(image_embeds), i)
+            self.is_updated[i] = True
+
+    def reorder_cache(self, beam_idx):
+        self.self_attention_cache.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats):
+        self.self_attention_cache.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices):
+        self.self_attention_cache.batch_select_indices(indices)
+
+
+class ImageCrossAttention(BlipTextSelfAttention):
+    """BLIP's cross-attention with two differences: it reads the image tokens' mask, which arrives under the name that BLIP's
+    does not read; and with an [`ImageCache`] the captions of an image are so many queries to the same keys."""
+
+    def keys_and_values(self, image_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, heads, N, head size) each, of image_embeds (B, N, D)."""
+        shape = (*image_embeds.shape[:-1], self.num_attention_heads, self.attention_head_size)
+        return tuple(project(image_embeds).view(shape).transpose(1, 2) for project in (self.key, self.value))
+
+    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None, **kwargs):
+        if not isinstance(past_key_values, ImageCache):
+            kwargs |= {"encoder_hidden_states": encoder_hidden_states, "past_key_values": past_key_values}
+            return super().forward(hidden_states, encoder_attention_mask=attention_mask, **kwargs)
+        cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
+        images, heads, tokens, size = cached.keys.shape
+        rows, length, width = hidden_states.shape
+        query = self.query(hidden_states).view(images, -1, heads, size).transpose(1, 2)
+        scores = query @ cached.keys.transpose(-1, -2) / math.sqrt(size)  # (images, heads, rows an image * length, N)
+        if attention_mask is not None:  # (images, 1, 1 or length, N): the same for every query
+            scores = scores + attention_mask[:, :, :1]
+        probs = scores.softmax(-1)
+        context = (probs @ cached.values).transpose(1, 2).reshape(rows, length, width)
+        probs = probs.view(images, heads, -1, length, tokens).transpose(1, 2).reshape(rows, heads, length, tokens)
+        return context, probs
 
 
 def _tower_output_shape(config) -> tuple[int, int]:
@@ -170,7 +229,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             )
         self.text_decoder = BlipTextLMHeadModel(config.text_config)
         for i, layer in enumerate(self.text_decoder.bert.encoder.layer):
-            layer.crossattention.self = MaskedCrossAttention(config.text_config, True, layer_idx=i)
+            layer.crossattention.self = ImageCrossAttention(config.text_config, True, layer_idx=i)
         config.set_visible_size()
         self.rbm_layer = RBMLayer(config)
 
@@ -321,6 +380,10 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
 
+        if encoder_attention_mask is not None and len(encoder_attention_mask) > len(image_embeds):
+            # generate repeats it for every beam; with an ImageCache there is one of each image
+            encoder_attention_mask = encoder_attention_mask[:: len(encoder_attention_mask) // len(image_embeds)]
+
         outputs = self.text_decoder.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -384,7 +447,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             "input_ids": input_ids[:, past_length:],
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
-            "image_embeds": image_embeds,
+            "image_embeds": past_key_values.image_embeds if isinstance(past_key_values, ImageCache) else image_embeds,
             "encoder_attention_mask": encoder_attention_mask,
             "use_cache": use_cache,
             "logits_to_keep": 1,
@@ -410,6 +473,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         rbm: bool = True,
         rbm_guidance: Optional[float] = None,
         rbm_rerank: Optional[bool] = None,
+        rbm_diversity: float = 0.0,
         logits_processor: Optional[LogitsProcessorList] = None,
         stopping_criteria: Optional[StoppingCriteriaList] = None,
         **generate_kwargs,
@@ -424,6 +488,8 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             rbm_guidance: beta of `guide` in place of `config.rbm_guidance`.
             rbm_rerank: `re-rank` on or off in place of `config.rbm_rerank`. Candidates are beams (num_beams is raised
                 to `config.rbm_rerank_candidates`), or samples with `do_sample=True`.
+            rbm_diversity: weight of sampled hidden causes. Each of the `num_return_sequences` captions of an image is guided
+                by causes of its own, h ~ P(h | x), so that they are about different things; not re-ranked.
             generate_kwargs: of `GenerationMixin.generate`: num_beams, max_new_tokens, eos_token_id, ...
 
         Returns:
@@ -435,8 +501,11 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         """
         beta = (self.config.rbm_guidance if rbm_guidance is None else rbm_guidance) if rbm else 0.0
         rerank = (self.config.rbm_rerank if rbm_rerank is None else rbm_rerank) if rbm else False
-        if (beta or rerank) and not self.config.rbm_word_ids:
-            raise ValueError("rbm_guidance and rbm_rerank need an RBM with words, but config.rbm_word_ids is empty")
+        diversity = rbm_diversity if rbm else 0.0
+        if (beta or rerank or diversity) and not self.config.rbm_word_ids:
+            raise ValueError(
+                "rbm_guidance, rbm_rerank and rbm_diversity need an RBM with words, but config.rbm_word_ids is empty"
+            )
         if encoding is None:
             encoding = self.encode_image(pixel_values, vision_hidden_states, interpolate_pos_encoding, rbm)
         if input_ids is None:
@@ -448,15 +517,25 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
 
         limit = self.config.text_config.max_position_embeddings
         logits_processor = LogitsProcessorList(logits_processor or [])
-        if beta:
+        if diversity:
+            rerank, n = False, _setting(generate_kwargs, self.generation_config, "num_return_sequences", 1)
+            generate_kwargs["num_return_sequences"] = 1
+            input_ids, attention_mask = input_ids.repeat_interleave(n, 0), attention_mask.repeat_interleave(n, 0)
+            hidden_input = encoding.hidden_input.repeat_interleave(n, 0)
+            causes = bernoulli(torch.sigmoid(hidden_input))
+            logits_processor.append(self._guidance(hidden_input, beta, causes=causes, diversity=diversity))
+        elif beta:
             logits_processor.append(self._guidance(encoding.hidden_input, beta))
         generate_kwargs.update(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            image_embeds=encoding.image_embeds,
             logits_processor=logits_processor,
             stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), ContextLimit(limit)]),
         )
+        if generate_kwargs.get("use_cache") is False or generate_kwargs.get("past_key_values") is not None:
+            generate_kwargs["image_embeds"] = encoding.image_embeds
+        else:
+            generate_kwargs["past_key_values"] = ImageCache(self.text_decoder, encoding.image_embeds)
         if rerank:
             return self._generate_reranked(encoding, **generate_kwargs)
         return GenerationMixin.generate(self, **generate_kwargs)
@@ -483,7 +562,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         mask = torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
         return ids, mask
 
-    def _guidance(self, hidden_input, beta: float) -> RBMGuidance:
+    def _guidance(self, hidden_input, beta: float, **causes) -> RBMGuidance:
         config = self.config
         return RBMGuidance(
             self.rbm_layer.rbm.parameters_fp32,
@@ -493,6 +572,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             beta,
             config.rbm_guidance_clip,
             config.rbm_guidance_order,
+            **causes,
         )
 
     @torch.no_grad()
@@ -509,25 +589,26 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         is_sep = (sequences == self.config.text_config.sep_token_id).long()
         before_end = is_sep.cumsum(1) - is_sep == 0
         mask = (before_end & (sequences != self.decoder_pad_token_id)).long()
-        image_embeds = encoding.image_embeds.repeat_interleave(len(sequences) // len(encoding.image_embeds), 0)
-        logits = self(input_ids=sequences, attention_mask=mask, image_embeds=image_embeds, use_cache=False).logits
+        cache = ImageCache(self.text_decoder, encoding.image_embeds)
+        logits = self(
+            input_ids=sequences,
+            attention_mask=mask,
+            image_embeds=cache.image_embeds,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
         log_prob = logits[:, :-1].float().log_softmax(-1).gather(-1, sequences[:, 1:, None])[..., 0]
         counted = mask[:, 1:] * mask[:, :-1]
         return (log_prob * counted).sum(-1), counted.sum(-1)
 
     def _generate_reranked(self, encoding: ImageEncoding, **kwargs):
         config = self.config
-        settings = kwargs.get("generation_config") or self.generation_config
-
-        def setting(name, default):
-            value = kwargs.get(name)
-            value = getattr(settings, name, None) if value is None else value
-            return default if value is None else value
-
-        wanted, num_beams = setting("num_return_sequences", 1), setting("num_beams", 1)
+        defaults = self.generation_config
+        wanted = _setting(kwargs, defaults, "num_return_sequences", 1)
+        num_beams = _setting(kwargs, defaults, "num_beams", 1)
         n = max(config.rbm_rerank_candidates, wanted)
         kwargs["num_return_sequences"] = n
-        if not setting("do_sample", False) or num_beams > 1:
+        if not _setting(kwargs, defaults, "do_sample", False) or num_beams > 1:
             kwargs["num_beams"] = max(num_beams, n)
         outputs = GenerationMixin.generate(self, **kwargs)
         as_dict = isinstance(outputs, ModelOutput)
@@ -544,23 +625,51 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         outputs["rerank_scores"] = best.flatten()
         return outputs
 
-    def candidate_scores(self, encoding: ImageEncoding, sequences: torch.Tensor) -> torch.Tensor:
-        """(B, n) by which re-rank chooses among the candidates (B * n, T) of B images."""
+    @torch.no_grad()
+    def candidate_parts(self, encoding: ImageEncoding, sequences: torch.Tensor, similarities=None) -> dict:
+        """What re-rank weighs of the candidates (B * n, T) of B images: (B, n) each.
+
+        Args:
+            similarities: kinds of `decoding_blip_rbm.caption_similarity`; default the config's.
+
+        Returns:
+            `log_prob` by the decoder (nats), `length` (tokens), `pmi` by the RBM (nats), and of every similarity, under its
+            name, the consensus.
+        """
         config, p = self.config, self.rbm_layer.rbm.parameters_fp32
         text = config.text_config
         n = len(sequences) // len(encoding.image_embeds)
         log_prob, length = self.score_captions(encoding, sequences)
         columns = word_columns(config.rbm_word_ids, text.vocab_size, sequences.device)
         words = words_said(sequences, columns, len(config.rbm_word_ids)).view(-1, n, len(config.rbm_word_ids))
+        pmi = pointwise_mutual_information(p, encoding.hidden_input[:, None], words)
+        parts = {"log_prob": log_prob.view(-1, n), "length": length.view(-1, n), "pmi": pmi}
+        q = torch.sigmoid(encoding.hidden_input[:, None] + words @ p.U)
+        special = (text.pad_token_id, text.sep_token_id, text.bos_token_id)
+        for kind in similarities or (config.rbm_rerank_similarity,):
+            parts[kind] = consensus(caption_similarity(sequences.view(len(words), n, -1), kind, special, q))
+        return parts
+
+    def candidate_scores(self, encoding: ImageEncoding, sequences: torch.Tensor) -> torch.Tensor:
+        """(B, n) by which re-rank chooses among the candidates (B * n, T) of B images."""
+        config, parts = self.config, self.candidate_parts(encoding, sequences)
         return rerank_scores(
-            log_prob.view(-1, n),
-            length.view(-1, n),
-            pointwise_mutual_information(p, encoding.hidden_input[:, None], words),
-            consensus(sequences.view(-1, n, sequences.shape[-1]), (text.pad_token_id, text.sep_token_id)),
+            parts["log_prob"],
+            parts["length"],
+            parts["pmi"],
+            parts[config.rbm_rerank_similarity],
             config.rbm_rerank_length_penalty,
             config.rbm_rerank_pmi,
             config.rbm_rerank_consensus,
         )
+
+
+def _setting(kwargs: dict, generation_config, name: str, default):
+    """A setting of `generate` as transformers will see it: an argument, else of the generation config."""
+    value = kwargs.get(name)
+    if value is None:
+        value = getattr(kwargs.get("generation_config") or generation_config, name, None)
+    return default if value is None else value
 
 
 def blip_generation_config(config) -> GenerationConfig:

@@ -180,6 +180,30 @@ def contrastive_divergence(
     return RBMParameters(*gradient), chains
 
 
+def centred_gradient(p: RBMParameters, gradient: RBMParameters, mean_h, mean_x=None, mean_w=None) -> RBMParameters:
+    """The gradient of an RBM whose units have these means subtracted, in terms of the usual parameters.
+
+    The data's means, or a moving average of them, make the gradient independent of a unit's being coded as 0/1 or 1/0:
+    dU = gU - m_w gc' - gb m_h',  db = gb - dU m_h,  dc = gc - dU' m_w  (and W with x/s^2 in the place of w). Melchior, Fischer
+    & Wiskott, JMLR 17(99) 2016, algorithm 1. The variance's gradient stays as it is.
+
+    Args:
+        gradient: of the negative log-likelihood, as from `contrastive_divergence`.
+        mean_h (H,), mean_x (V,), mean_w (K,): means of q, of x and of w over the data.
+    """
+    grads = gradient._asdict()
+    grads["c"] = gradient.c
+    blocks = []
+    if gradient.U is not None:
+        blocks.append(("U", "b", mean_w))
+    if gradient.W is not None:
+        blocks.append(("W", "mu", mean_x if p.log_var is None else mean_x * torch.exp(-p.log_var)))
+    for weight, bias, mean in blocks:
+        centred = torch.addr(grads[weight], mean, gradient.c, alpha=-1).addr_(grads[bias], mean_h, alpha=-1)
+        grads |= {weight: centred, bias: grads[bias] - centred @ mean_h, "c": grads["c"] - mean @ centred}
+    return RBMParameters(**grads)
+
+
 WORD_GAIN_ORDERS = ("exact", "second", "first")
 
 
@@ -214,6 +238,16 @@ def pointwise_mutual_information(p: RBMParameters, a_image: torch.Tensor, w: tor
     said = w @ p.U
     sp = F.softplus
     return (sp(a_image + said) - sp(a_image) - sp(p.c + said) + sp(p.c)).sum(-1)
+
+
+PARAMETER_NAMES = {  # of `JointRBM`, for the fields of `RBMParameters`
+    "c": "hidden_bias",
+    "U": "word_weight",
+    "b": "word_bias",
+    "W": "image_weight",
+    "mu": "image_bias",
+    "log_var": "image_log_var",
+}
 
 
 class JointRBM(nn.Module):
@@ -267,16 +301,10 @@ class JointRBM(nn.Module):
     @property
     def parameters_fp32(self) -> RBMParameters:
         """The parameters for the functions of this file: fp32 (energies are differences of large sums), s^2 bounded."""
-        of = lambda name: getattr(self, name).float() if hasattr(self, name) else None
-        log_var = of("image_log_var")
-        return RBMParameters(
-            c=of("hidden_bias"),
-            U=of("word_weight"),
-            b=of("word_bias"),
-            W=of("image_weight"),
-            mu=of("image_bias"),
-            log_var=None if log_var is None else log_var.clamp(*LOG_VARIANCE_RANGE),
-        )
+        fields = {f: getattr(self, name).float() for f, name in PARAMETER_NAMES.items() if hasattr(self, name)}
+        if "log_var" in fields:
+            fields["log_var"] = fields["log_var"].clamp(*LOG_VARIANCE_RANGE)
+        return RBMParameters(**fields)
 
     @torch.no_grad()
     def set_image_statistics(self, pooled: torch.Tensor):
