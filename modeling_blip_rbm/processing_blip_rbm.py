@@ -1,6 +1,7 @@
 """The processor: whatever image a person has, and prompts as BLIP's decoder wants them."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,16 @@ class BlipRBMProcessor(ProcessorMixin):
             "input_ids": torch.tensor([join(p, row) for p, row in zip(pads, ids)]),
             "attention_mask": torch.tensor([join(p, row) for p, row in zip(pads, ones)]),
         }
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As transformers' own. What 5 writes is made readable for 4: the list of special tokens had another name there."""
+        saved = super().save_pretrained(save_directory, **kwargs)
+        file = Path(save_directory) / "tokenizer_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if isinstance(settings.get("extra_special_tokens"), list):
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        return saved
 
     def captions(self, sequences) -> list[str]:
         """Texts of generated token ids."""

@@ -1,13 +1,14 @@
 """Whatever images and prompts people have."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from modeling_blip_rbm import load_image
+from modeling_blip_rbm import BlipRBMProcessor, load_image
 from tests.conftest import VOCABULARY, random_image
 
 
@@ -110,3 +111,14 @@ def test_save_and_load(processor, tmp_path):
     image, text = random_image(), ["a dog runs on the beach"]
     for name, value in processor(images=image, text=text).items():
         assert torch.equal(value, again(images=image, text=text)[name])
+
+
+def test_special_tokens_are_saved_for_both_transformers(processor, tmp_path):
+    """transformers 5 writes them as a list under a name at which 4.57 expects a dict."""
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    processor.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert not isinstance(settings.get("extra_special_tokens"), list)
+    assert settings["additional_special_tokens"] == ["[ENC]"]
+    again = BlipRBMProcessor.from_pretrained(tmp_path).tokenizer
+    assert again.tokenize("a [ENC] dog")[1] == "[ENC]" and "[ENC]" in again.all_special_tokens

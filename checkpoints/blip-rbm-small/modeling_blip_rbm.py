@@ -52,10 +52,12 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 
-def _files_of_the_package():  # never called: transformers copies along with a model the files that its code imports
+def _files_of_the_package():  # never called: transformers copies along with a model the files that this one imports
     from .pipeline_blip_rbm import BlipRBMImageToTextPipeline  # noqa: F401
     from .processing_blip_rbm import BlipRBMProcessor  # noqa: F401
     from .rbm_estimator import RBM  # noqa: F401
+    from .rbm_fast import FastContrastiveDivergence  # noqa: F401
+    from .rbm_likelihood import log_prob  # noqa: F401
 
 
 @dataclass
