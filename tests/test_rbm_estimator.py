@@ -1,5 +1,7 @@
 """RBM and DeepBeliefNetwork as a student meets them, on scikit-learn's digits."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -217,3 +219,11 @@ def test_divergence_and_collapse_are_said(digits):
     assert all(torch.isfinite(tensor).all() for tensor in rbm.model_.parameters())
     with pytest.warns(UserWarning, match="collapsed"):
         RBM(31, learning_rate=50.0, n_iter=3, random_state=0, centred=False).fit(digits[0])
+
+
+def test_pickled_and_back(digits):
+    rbm = RBM(11, n_iter=1, random_state=0).fit(digits[0])
+    again = pickle.loads(pickle.dumps(rbm))
+    np.testing.assert_array_equal(again.transform(digits[1]), rbm.transform(digits[1]))
+    np.testing.assert_array_equal(again.sample(3, 5), rbm.sample(3, 5))
+    again.partial_fit(digits[0][:17])
