@@ -10,7 +10,7 @@ TEXT ?= ../shared/weights/all-minilm-l6-v2
 RUN = .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-min check report train evaluate bench clean
+.PHONY: help demo test test-slow test-min check report train evaluate bench bench-generate clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,6 +72,9 @@ bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cos
 	$(RUN) examples/digits_rbm.py --output benchmarks/results/digits_rbm
 	mv benchmarks/results/digits_rbm.png docs/digits-rbm.png
 	$(RUN) -m benchmarks.guidance
+
+bench-generate: .venv/installed  ## speed of generate beside transformers' own BLIP (20 minutes on a quiet machine)
+	$(RUN) -m benchmarks.generate --output benchmarks/results/generate.json
 
 clean:  ## remove the environments and what demo wrote
 	rm -rf .venv .venv-min demo.html demo.png

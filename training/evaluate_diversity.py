@@ -40,7 +40,7 @@ class DiversityArguments:
     captions: int = field(default=5, metadata={"help": "of an image"})
     max_new_tokens: int = field(default=20, metadata={"help": "longest caption"})
     causes: list[float] = field(
-        default_factory=lambda: [0.1, 0.2, 0.4, 0.8], metadata={"help": "weights of the causes"}
+        default_factory=lambda: [0.4, 0.8, 1.6, 3.2], metadata={"help": "weights of the causes"}
     )
     temperatures: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8, 1.0], metadata={"help": "of sampling"})
     top_p: float = field(default=0.9, metadata={"help": "of nucleus sampling"})
