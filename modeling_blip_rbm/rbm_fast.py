@@ -37,12 +37,14 @@ class FloatProducts:
     """The products in `dtype`, accumulated in fp32 by the processor's library."""
 
     one = 1  # how a probability of 1 is encoded
+    multiply = staticmethod(torch.mm)
 
     def __init__(self, dtype: torch.dtype):
         self.dtype, self.memory = dtype, Workspace()  # dtype: of states, and of the products
 
     def load(self, U: torch.Tensor):
-        self.U = U if self.dtype == U.dtype else self.memory.get_tensor("U", U.shape, self.dtype).copy_(U)
+        same = self.dtype == U.dtype
+        self.up_weight = U if same else self.memory.get_tensor("U", U.shape, self.dtype).copy_(U)
 
     def _product(self, bias, a, b, name):
         out = self.memory.get_tensor(name, (len(a), b.shape[1]), self.dtype)
@@ -51,11 +53,11 @@ class FloatProducts:
 
     def up(self, v: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """c + v U, (n, H) fp32, until the next call."""
-        return self._product(c, v, self.U, "up")
+        return self._product(c, v, self.up_weight, "up")
 
     def down(self, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """b + h U', (n, V) fp32, until the next call."""
-        return self._product(b, h, self.U.T, "down")
+        return self._product(b, h, self.up_weight.T, "down")
 
     def encode(self, q: torch.Tensor, u: torch.Tensor, out: torch.Tensor):
         """out (n, H), in `dtype`: what `outer` takes for the probabilities q. u: as from `uniform`."""
@@ -76,6 +78,7 @@ class IntegerProducts:
     """The products in 8-bit integers, accumulated in 32-bit ones: exact but for the rounding of U and q."""
 
     dtype, one = torch.int8, 127
+    multiply = staticmethod(getattr(torch, "_int_mm", None))  # None: this PyTorch has no such product
 
     def __init__(self):
         self.memory = Workspace()
@@ -129,16 +132,14 @@ def matrix_rates(batch: int, visible: int, hidden: int, threads: int, repeats: i
         products = make()
         products.load(U)
         v = (torch.rand(batch, visible) < 0.5).to(products.dtype)
-        weight = getattr(products, "U", None) if name != "int8" else products.up_weight
-        multiply = torch._int_mm if name == "int8" else torch.mm
         try:
-            multiply(v, weight)
-        except (RuntimeError, NotImplementedError):  # no such product in this build
+            products.multiply(v, products.up_weight)
+        except (TypeError, RuntimeError, NotImplementedError):  # no such product in this build
             continue
         best = float("inf")
         for _ in range(repeats):
             start = time.perf_counter()
-            multiply(v, weight)
+            products.multiply(v, products.up_weight)
             best = min(best, time.perf_counter() - start)
         rates[name] = 2 * batch * visible * hidden / best
     return rates

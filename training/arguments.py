@@ -22,6 +22,18 @@ class DataArguments:
 
 
 @dataclass
+class MeasureArguments:
+    """What every stage that measures a finished model on a split takes."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a BLIP-RBM"})
+    dataset: str = field(metadata={"help": "folder or Hub id with `image` and `captions` columns"})
+    output: str = field(metadata={"help": "results file, JSON; a picture of it, if there is one, stands beside it"})
+    split: str = field(default="validation", metadata={"help": "split to measure on, unseen in training"})
+    max_images: Optional[int] = field(default=None, metadata={"help": "use only the first so many images"})
+    cache_dir: str = field(default="runs/features", metadata={"help": "where outputs of the vision tower are kept"})
+
+
+@dataclass
 class CaptionerArguments:
     model: str = field(metadata={"help": "folder or Hub id of the captioner to train, from training.build_captioner"})
     dropout: float = field(default=0.1, metadata={"help": "in the decoder"})

@@ -18,7 +18,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.arguments import parse_arguments
+from training.arguments import MeasureArguments, parse_arguments
 from training.checkpoints import write_json
 from training.data import load_pairs
 from training.features import cache_features
@@ -34,17 +34,11 @@ from training.metrics import (
 
 
 @dataclass
-class EvaluationArguments:
-    model: str = field(metadata={"help": "folder or Hub id of a BLIP-RBM"})
-    dataset: str = field(metadata={"help": "folder or Hub id with `image` and `captions` columns"})
-    output: str = field(metadata={"help": "results file, JSON"})
-    split: str = field(default="validation", metadata={"help": "split to evaluate on"})
+class EvaluationArguments(MeasureArguments):
     train_split: Optional[str] = field(default="train", metadata={"help": "for novelty: captions seen in training"})
-    max_images: Optional[int] = field(default=None, metadata={"help": "use only the first so many images"})
     num_beams: int = field(default=3, metadata={"help": "beams of both systems (re-rank may raise its own)"})
     max_new_tokens: int = field(default=20, metadata={"help": "longest caption"})
     batch_size: int = field(default=16, metadata={"help": "images at a time"})
-    cache_dir: str = field(default="runs/features", metadata={"help": "where outputs of the vision tower are kept"})
 
 
 @torch.no_grad()

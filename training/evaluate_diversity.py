@@ -9,7 +9,6 @@ them. A curve that lies above another is better at the same diversity; the pictu
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
 
 import matplotlib
 import numpy as np
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.arguments import parse_arguments
+from training.arguments import MeasureArguments, parse_arguments
 from training.checkpoints import write_json
 from training.data import load_pairs
 from training.evaluate_captions import caption_rows
@@ -31,12 +30,7 @@ import matplotlib.pyplot as plt
 
 
 @dataclass
-class DiversityArguments:
-    model: str = field(metadata={"help": "folder or Hub id of a BLIP-RBM"})
-    dataset: str = field(metadata={"help": "folder or Hub id with `image` and `captions` columns"})
-    output: str = field(metadata={"help": "results file; the picture beside it ends in .png"})
-    split: str = field(default="validation", metadata={"help": "split to evaluate on"})
-    max_images: Optional[int] = field(default=None, metadata={"help": "use only the first so many images"})
+class DiversityArguments(MeasureArguments):
     captions: int = field(default=5, metadata={"help": "of an image"})
     max_new_tokens: int = field(default=20, metadata={"help": "longest caption"})
     causes: list[float] = field(
@@ -44,7 +38,6 @@ class DiversityArguments:
     )
     temperatures: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8, 1.0], metadata={"help": "of sampling"})
     top_p: float = field(default=0.9, metadata={"help": "of nucleus sampling"})
-    cache_dir: str = field(default="runs/features", metadata={"help": "where outputs of the vision tower are kept"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
 
 

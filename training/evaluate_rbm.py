@@ -17,7 +17,7 @@ from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.modeling_blip_rbm import pool_tokens
 from modeling_blip_rbm.rbm import free_energy, hidden_input, pointwise_mutual_information, word_gains
 from modeling_blip_rbm.rbm_likelihood import annealed_importance_sampling, base_rate_model, log_prob
-from training.arguments import parse_arguments
+from training.arguments import MeasureArguments, parse_arguments
 from training.checkpoints import write_json
 from training.data import caption_words, load_pairs
 from training.features import cache_features
@@ -28,12 +28,7 @@ import matplotlib.pyplot as plt
 
 
 @dataclass
-class EvaluateRBMArguments:
-    model: str = field(metadata={"help": "folder or Hub id of the BLIP-RBM"})
-    dataset: str = field(metadata={"help": "folder or Hub id with `image` and `captions` columns"})
-    output: str = field(metadata={"help": "results file; the picture beside it ends in .png"})
-    split: str = field(default="validation", metadata={"help": "split that the RBM has not seen"})
-    cache_dir: str = field(default="runs/features", metadata={"help": "where outputs of the vision tower are kept"})
+class EvaluateRBMArguments(MeasureArguments):
     queries: list[str] = field(
         default_factory=lambda: ["dog", "snow", "beach", "bike", "girl", "climbing"],
         metadata={"help": "words whose images are shown"},
@@ -137,7 +132,7 @@ def main():
     (args,) = parse_arguments(EvaluateRBMArguments)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
-    dataset = load_pairs(args.dataset, args.split)
+    dataset = load_pairs(args.dataset, args.split, args.max_images)
     store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir, views=1)
     pooled = torch.stack(
         [pool_tokens(store.view(row, 0)[None].float(), model.config.rbm_pooling)[0] for row in range(len(dataset))]

@@ -62,17 +62,19 @@ class RBMGuidance(LogitsProcessor):
 
     def gains(self, input_ids: torch.Tensor) -> torch.Tensor:
         """g (R, K) in nats, zero for words already said."""
+        return self._gains(words_said(input_ids, self.columns, len(self.word_ids)))
+
+    def _gains(self, said: torch.Tensor) -> torch.Tensor:
         p = self.parameters
-        said = words_said(input_ids, self.columns, len(self.word_ids))
         explained = said @ p.U  # (R, H)
-        a = self.hidden_input.repeat_interleave(input_ids.shape[0] // self.hidden_input.shape[0], 0)
+        a = self.hidden_input.repeat_interleave(said.shape[0] // self.hidden_input.shape[0], 0)
         gains = word_gains(p, a + explained, self.order) - word_gains(p, p.c + explained, self.order)
         return gains.clamp(-self.clip, self.clip) * (1 - said)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        bonus = self.beta * self.gains(input_ids) if self.beta else 0.0
+        said = words_said(input_ids, self.columns, len(self.word_ids))
+        bonus = self.beta * self._gains(said) if self.beta else 0.0
         if self.shift is not None:
-            said = words_said(input_ids, self.columns, len(self.word_ids))
             bonus = bonus + self.shift.repeat_interleave(len(input_ids) // len(self.shift), 0) * (1 - said)
         return scores.index_add(1, self.word_ids, bonus.to(scores.dtype))
 

@@ -200,16 +200,12 @@ class RBM(TransformerMixin, BaseEstimator):
     def _gradient(self, rows: torch.Tensor) -> tuple[RBMParameters, torch.Tensor]:
         """Gradient per sample for checked (Gaussian: standardised) rows, and the mean of q over them."""
         p, persistent = self.model_.parameters_fp32, self.method == "pcd"
+        if persistent and self._chains is None:
+            h = bernoulli(torch.full((self.batch_size, self.n_components), 0.5), self._generator)
+            self._chains = h if self._fast else GibbsState(h, x=torch.zeros(self.batch_size, rows.shape[1]))
         if self._fast is not None:
-            if persistent and self._chains is None:
-                half = torch.full((self.batch_size, self.n_components), 0.5)
-                self._chains = bernoulli(half, self._generator)
             gradient, chains, mean_q = self._fast.gradient(p, rows, self._chains, self.steps)
         else:
-            if persistent and self._chains is None:
-                half = torch.full((self.batch_size, self.n_components), 0.5)
-                zeros = torch.zeros(self.batch_size, rows.shape[1])
-                self._chains = GibbsState(bernoulli(half, self._generator), x=zeros)
             gradient, chains = contrastive_divergence(
                 p, x=rows, steps=self.steps, chains=self._chains, generator=self._generator
             )

@@ -83,6 +83,13 @@ def log_prob(p: RBMParameters, log_z, x=None, w=None, h=None) -> torch.Tensor:
     return -(free_energy(p, x, w) if h is None else energy(p, h, x, w)) - log_z
 
 
+def sample_visible(p: RBMParameters, h: torch.Tensor, generator: Optional[torch.Generator] = None):
+    """x (B, V) and w (B, K) given h; None for a block that the machine does not have."""
+    x = None if p.W is None else sample_x_given_h(p, h, generator)
+    w = None if p.U is None else bernoulli(prob_w_given_h(p, h), generator)
+    return x, w
+
+
 class AISResult(NamedTuple):
     """An estimate of log Z. `log_z` is what to use; [`low`, `high`] is it plus and minus 3 standard errors."""
 
@@ -126,12 +133,10 @@ def _free_energy_at(base, p, beta, x, w, a) -> torch.Tensor:
     return visible_energy(between._replace(U=p.U, W=p.W), x, w) - F.softplus(beta * a).sum(-1)
 
 
-def _transition(base, p, beta, x, w, a, generator):
+def _transition(base, p, beta, a, generator):
     """One Gibbs step that leaves `interpolate(base, p, beta)` invariant, and the hidden input under `p` after it."""
-    between = interpolate(base, p, beta)
     h = bernoulli(torch.sigmoid(beta * a), generator)
-    x = None if x is None else sample_x_given_h(between, h, generator)
-    w = None if w is None else bernoulli(prob_w_given_h(between, h), generator)
+    x, w = sample_visible(interpolate(base, p, beta), h, generator)
     return x, w, hidden_input(p, x, w)
 
 
@@ -171,15 +176,13 @@ def annealed_importance_sampling(
     """
     base = _checked_base(p, base, temperatures, chains)
     betas = torch.linspace(0, 1, temperatures + 1, dtype=torch.float64).tolist()
-    h = torch.zeros(chains, len(p.c), dtype=p.c.dtype, device=p.c.device)
-    x = None if p.W is None else sample_x_given_h(base, h, generator)
-    w = None if p.U is None else bernoulli(prob_w_given_h(base, h), generator)
+    x, w = sample_visible(base, torch.zeros(chains, len(p.c), dtype=p.c.dtype, device=p.c.device), generator)
     a = hidden_input(p, x, w)
     log_weights = torch.zeros(chains, dtype=torch.float64, device=p.c.device)
     for before, beta in zip(betas, tqdm(betas[1:], desc="AIS", disable=not progress)):
         log_weights += _free_energy_at(base, p, before, x, w, a) - _free_energy_at(base, p, beta, x, w, a)
         if beta < 1:
-            x, w, a = _transition(base, p, beta, x, w, a, generator)
+            x, w, a = _transition(base, p, beta, a, generator)
     return _summarise(log_base_partition(base), log_weights, sign=1.0)
 
 
@@ -205,7 +208,7 @@ def reverse_annealed_importance_sampling(
     for before, beta in zip(betas, tqdm(betas[1:], desc="reverse AIS", disable=not progress)):
         log_weights += _free_energy_at(base, p, before, x, w, a) - _free_energy_at(base, p, beta, x, w, a)
         if beta > 0:
-            x, w, a = _transition(base, p, beta, x, w, a, generator)
+            x, w, a = _transition(base, p, beta, a, generator)
     return _summarise(log_base_partition(base), log_weights, sign=-1.0)
 
 
@@ -227,17 +230,13 @@ def exact_samples(p: RBMParameters, num: int, generator: Optional[torch.Generato
     weight = log_marginal_h(p, binary_states(n, 0, 1 << n, p.c.device)).softmax(0)
     number = torch.multinomial(weight, num, replacement=True, generator=generator)
     h = (number[:, None] >> torch.arange(n, device=p.c.device) & 1).to(p.c.dtype)
-    x = None if p.W is None else sample_x_given_h(p, h, generator)
-    w = None if p.U is None else bernoulli(prob_w_given_h(p, h), generator)
-    return GibbsState(h, x, w)
+    return GibbsState(h, *sample_visible(p, h, generator))
 
 
 def model_samples(p: RBMParameters, num: int, steps: int, mean_x=None, mean_w=None, generator=None) -> GibbsState:
     """Where `num` Gibbs chains stand after `steps` steps from independent units with these means."""
     base = base_rate_model(p, mean_x, mean_w)
-    h = torch.zeros(num, len(p.c), dtype=p.c.dtype, device=p.c.device)
-    x = None if p.W is None else sample_x_given_h(base, h, generator)
-    w = None if p.U is None else bernoulli(prob_w_given_h(base, h), generator)
+    x, w = sample_visible(base, torch.zeros(num, len(p.c), dtype=p.c.dtype, device=p.c.device), generator)
     h = bernoulli(torch.sigmoid(hidden_input(p, x, w)), generator)
     return gibbs(p, GibbsState(h, x, w), steps, generator=generator)
 
