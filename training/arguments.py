@@ -5,13 +5,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
 
 @dataclass
-class DataArguments:
-    dataset: str = field(metadata={"help": "folder or Hub id with `image` and `captions` columns"})
+class SourceArguments:
+    """Where image-caption pairs come from, see `training/pairs.py`."""
+
+    dataset: str = field(metadata={"help": "Hub id, folder, or file (COCO .json, .csv, .tsv, .jsonl)"})
+    image_column: Optional[str] = field(default=None, metadata={"help": "its name, if it is not found by itself"})
+    caption_column: Optional[str] = field(default=None, metadata={"help": "its name, if it is not found by itself"})
+
+    @property
+    def columns(self) -> dict:
+        return {"image_column": self.image_column, "caption_column": self.caption_column}
+
+
+@dataclass
+class DataArguments(SourceArguments):
     train_split: str = field(default="train", metadata={"help": "split to train on, and to hold back from"})
     max_images: Optional[int] = field(default=None, metadata={"help": "use only the first so many images"})
     held_back: int = field(
@@ -19,14 +32,16 @@ class DataArguments:
     )
     views: int = field(default=4, metadata={"help": "cached views an image: 1 plain, 2 mirrored, more: random crops"})
     cache_dir: str = field(default="runs/features", metadata={"help": "where outputs of the vision tower are kept"})
+    encode_dtype: str = field(
+        default="float32", metadata={"help": "in which the tower encodes training views: float32 or bfloat16"}
+    )
 
 
-@dataclass
-class MeasureArguments:
+@dataclass(kw_only=True)
+class MeasureArguments(SourceArguments):
     """What every stage that measures a finished model on a split takes."""
 
     model: str = field(metadata={"help": "folder or Hub id of a BLIP-RBM"})
-    dataset: str = field(metadata={"help": "folder or Hub id with `image` and `captions` columns"})
     output: str = field(metadata={"help": "results file, JSON; a picture of it, if there is one, stands beside it"})
     split: str = field(default="validation", metadata={"help": "split to measure on, unseen in training"})
     max_images: Optional[int] = field(default=None, metadata={"help": "use only the first so many images"})
@@ -36,8 +51,33 @@ class MeasureArguments:
 @dataclass
 class CaptionerArguments:
     model: str = field(metadata={"help": "folder or Hub id of the captioner to train, from training.build_captioner"})
+    parts: str = field(
+        default="captioner",
+        metadata={
+            "help": "what is trained: captioner (decoder and projector), refine (the RBM layer's, all else frozen), or for "
+            "comparison adapter (an MLP of as many parameters in refine's place)",
+            "choices": ["captioner", "refine", "adapter"],
+        },
+    )
+    cause_tokens: int = field(default=4, metadata={"help": "m, of refine"})
     dropout: float = field(default=0.1, metadata={"help": "in the decoder"})
     image_token_dropout: float = field(default=0.0, metadata={"help": "share of image tokens hidden in a step"})
+    token_dropout: float = field(
+        default=0.0,
+        metadata={"help": "share of the words so far that the decoder sees as [MASK], so that it looks at the image"},
+    )
+    tower_learning_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "of the vision tower, which then sees a new random crop of each image; 0: frozen, cached features"
+        },
+    )
+    tower_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "last share of the tower's parameters that is trained: the first layers cost most, learn least"
+        },
+    )
     label_smoothing: float = field(default=0.1, metadata={"help": "over the word-pieces that occur in training"})
     ema_decay: float = field(default=0.999, metadata={"help": "of the averaged weights, which are what is kept"})
     full_vocabulary_share: float = field(
@@ -74,4 +114,6 @@ def parse_arguments(*argument_classes):
         for key, value in recipe.items():
             flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
         argv = flags + argv[1:]
+    if not torch.cuda.is_available() and "--use_cpu" in (o for a in parser._actions for o in a.option_strings):
+        argv = ["--use_cpu", "true", *argv]  # bf16 on a machine without accelerator wants it said
     return parser.parse_args_into_dataclasses(args=argv)

@@ -1,13 +1,13 @@
-"""Image-caption pairs: where they come from, how they are split, the images as the vision tower sees them, the captions as the
-RBM does."""
+"""Image-caption pairs (`training/pairs.py`): how they are split, the images as the vision tower sees them, the captions as the RBM
+does."""
 
 import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, Image, load_dataset
-from PIL import ImageOps
+from datasets import Dataset, Image
+from PIL import ImageEnhance, ImageOps
 
 from modeling_blip_rbm.decoding_blip_rbm import word_columns, words_said
 
@@ -15,40 +15,6 @@ from modeling_blip_rbm.decoding_blip_rbm import word_columns, words_said
 # How one cached training view differs from the plain image. View 0 is the plain image, view 1 its mirror image, and
 # every further view is a random crop of this share of the sides, mirrored in half of the cases.
 CROP_SIDES = (0.75, 0.95)
-
-
-def load_pairs(path: str, split: str, max_images: int | None = None) -> Dataset:
-    """Images with their reference captions.
-
-    Args:
-        path: a local folder (parquet, Arrow, imagefolder) or a Hub id: anything that `datasets.load_dataset` takes.
-        split: name of the split, or a slice such as "train[:100]".
-        max_images: keep the first so many.
-
-    Returns:
-        A dataset with the columns `image` (PIL when read), `captions` (list of str) and `image_id` (str).
-
-    Raises:
-        ValueError: if there is no image column, or no caption column among `captions`, `caption`, `text`.
-    """
-    dataset = load_dataset(str(path), split=split)
-    columns = dataset.column_names
-    caption_column = next((name for name in ("captions", "caption", "text") if name in columns), None)
-    if "image" not in columns or caption_column is None:
-        raise ValueError(
-            f"{path} ({split}) has the columns {columns}; needed: 'image' and one of 'captions', 'caption', 'text'. "
-            "Rename them with Dataset.rename_column."
-        )
-    if max_images is not None:
-        dataset = dataset.select(range(min(max_images, len(dataset))))
-    if caption_column != "captions" or isinstance(dataset[0]["captions"] if len(dataset) else [], str):
-        texts = dataset[caption_column]
-        dataset = dataset.remove_columns(caption_column).add_column(
-            "captions", [[text] if isinstance(text, str) else list(text) for text in texts]
-        )
-    if "image_id" not in columns:
-        dataset = dataset.add_column("image_id", [str(i) for i in range(len(dataset))])
-    return dataset.cast_column("image", Image())
 
 
 def split_held_back(dataset: Dataset, held_back: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -76,6 +42,19 @@ def image_view(image, view: int, seed: int):
     left, top = rng.integers(width - crop_width + 1), rng.integers(height - crop_height + 1)
     image = image.crop((left, top, left + crop_width, top + crop_height))
     return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def random_view(image):
+    """A random crop, mirrored in half of the cases, colours and light a little different: a new one at every call."""
+    side = 0.7 + 0.3 * float(torch.rand(()))
+    width, height = (max(1, round(side * length)) for length in image.size)
+    left, top = (int(torch.randint(whole - part + 1, ())) for whole, part in zip(image.size, (width, height)))
+    image = image.crop((left, top, left + width, top + height))
+    if torch.rand(()) < 0.5:
+        image = ImageOps.mirror(image)
+    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = change(image).enhance(0.75 + 0.5 * float(torch.rand(())))
+    return image
 
 
 def images_fingerprint(dataset: Dataset) -> str:
