@@ -19,10 +19,10 @@ from transformers import set_seed
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from training.arguments import MeasureArguments, parse_arguments
 from training.checkpoints import write_json
-from training.data import load_pairs
 from training.evaluate_captions import caption_rows
 from training.features import cache_features
 from training.metrics import CiderD, set_diversity
+from training.pairs import load_pairs
 
 
 matplotlib.use("Agg")
@@ -77,7 +77,7 @@ def main():
     (args,) = parse_arguments(DiversityArguments)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
-    dataset = load_pairs(args.dataset, args.split, args.max_images)
+    dataset = load_pairs(args.dataset, args.split, args.max_images, **args.columns)
     store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
     scorer, n = CiderD(dataset["captions"][:]), args.captions
     points, examples = {}, {}

@@ -19,8 +19,9 @@ from modeling_blip_rbm.rbm import free_energy, hidden_input, pointwise_mutual_in
 from modeling_blip_rbm.rbm_likelihood import annealed_importance_sampling, base_rate_model, log_prob
 from training.arguments import MeasureArguments, parse_arguments
 from training.checkpoints import write_json
-from training.data import caption_words, load_pairs
+from training.data import caption_words
 from training.features import cache_features
+from training.pairs import load_pairs
 
 
 matplotlib.use("Agg")
@@ -132,7 +133,7 @@ def main():
     (args,) = parse_arguments(EvaluateRBMArguments)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
-    dataset = load_pairs(args.dataset, args.split, args.max_images)
+    dataset = load_pairs(args.dataset, args.split, args.max_images, **args.columns)
     store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir, views=1)
     pooled = torch.stack(
         [pool_tokens(store.view(row, 0)[None].float(), model.config.rbm_pooling)[0] for row in range(len(dataset))]

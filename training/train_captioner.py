@@ -1,11 +1,14 @@
-"""Stage 1: train the decoder and projector of a captioner on cached features of its frozen vision tower.
+"""Stage 1: train a captioner's decoder and projector on cached features of its frozen vision tower; then, if wanted, all.
 
     python -m training.train_captioner training/recipes/captioner-small.yaml --model runs/untrained \
         --dataset flickr8k --output_dir runs/captioner
 
 The Trainer's checkpoints are in `--output_dir`; a run that is stopped goes on from the last one when it is started
 again. What is kept, in `<output_dir>/best`, is the moving average of the weights at the epoch whose captions of the
-held-back training images had the highest CIDEr-D; in `<output_dir>/last` it is as at the end.
+held-back training images had the highest CIDEr-D; in `<output_dir>/last` it is as at the end, in `<output_dir>/first` as at the
+first evaluation, when it does not know the training images by heart yet (`training/train_reranker.py`).
+
+With `--tower_learning_rate` the vision tower is trained as well, on a new random view of each image at every pass.
 
 With `--samples N` a trained captioner goes on by minimum-risk training: it samples N captions an image, and those with a
 higher CIDEr-D than the image's other samples become likelier (self-critical training, Rennie et al., CVPR 2017; the mean of
@@ -21,18 +24,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
 from transformers import LogitsProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
+from modeling_blip_rbm.modeling_blip_rbm import pool_tokens, vision_tokens
 from training.arguments import CaptionerArguments, DataArguments, parse_arguments
 from training.checkpoints import save_captioner, write_json
-from training.data import load_pairs, split_held_back
+from training.data import random_view, split_held_back
 from training.evaluate_captions import caption_rows
 from training.features import cache_features
 from training.metrics import CiderD, corpus_diversity
+from training.pairs import load_pairs
 
 
 EMA_FILE = "ema.safetensors"
@@ -50,10 +56,18 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
     full_vocabulary = False
     label_smoothing = 0.0
     image_token_dropout = 0.0
+    token_dropout = 0.0
+    mask_token_id = None
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.vision_model.eval()  # its batch normalisation keeps the statistics of its own training: 16 images are too few
+        return self
 
     def forward(
         self,
         vision_hidden_states=None,
+        pixel_values=None,
         input_ids=None,
         position_ids=None,
         segments=None,
@@ -65,13 +79,17 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
         if segments is None:
             return super().forward(
                 vision_hidden_states=vision_hidden_states,
+                pixel_values=pixel_values,
                 input_ids=input_ids,
                 position_ids=position_ids,
                 labels=labels,
                 **kwargs,
             )
-        image_embeds = self.encode_image(vision_hidden_states=vision_hidden_states).image_embeds
+        image_embeds = self.encode_image(pixel_values, vision_hidden_states).image_embeds
         image_mask = None
+        if self.training and self.token_dropout:
+            hidden_words = (torch.rand(input_ids.shape) < self.token_dropout) & (position_ids > 0)
+            input_ids = input_ids.masked_fill(hidden_words, self.mask_token_id)
         if self.training and self.image_token_dropout:
             image_mask = (torch.rand(image_embeds.shape[:2]) >= self.image_token_dropout).long()
         hidden = self.text_decoder.bert(
@@ -104,22 +122,116 @@ def packed_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
 
-class PackedCaptions(torch.utils.data.Dataset):
-    """An image's features in a random view, and its captions packed in one row."""
+class MLPAdapter(torch.nn.Module):
+    """Refine without an RBM, for comparison: the same shift and tokens by an MLP on the same pooled image, of about as many
+    parameters as `RBMLayer`'s shift and causes."""
 
-    def __init__(self, store, rows, captions: list[list[list[int]]]):
-        self.store, self.rows, self.captions = store, rows, captions  # captions: of each row, lists of token ids
+    def __init__(self, rbm_layer, width: int):
+        super().__init__()
+        self.rbm, self.pooling, self.cause_tokens = rbm_layer.rbm, rbm_layer.pooling, rbm_layer.cause_tokens
+        outputs = (1 + self.cause_tokens) * width
+        own = rbm_layer.rbm.hidden_size * outputs
+        bottleneck = max(1, round(own / (self.rbm.visible_size + outputs)))
+        self.mlp = torch.nn.Sequential(
+            torch.nn.Linear(self.rbm.visible_size, bottleneck, bias=False),
+            torch.nn.GELU(),
+            torch.nn.Linear(bottleneck, outputs, bias=False),
+        )
+        self.gate = torch.nn.Parameter(torch.zeros(1))
+
+    def hidden_input(self, tokens):  # here simply the standardised pooled image
+        return self.rbm.standardise(pool_tokens(tokens, self.pooling))
+
+    def refine(self, image_embeds, x):
+        shift, *tokens = (
+            (self.gate * self.mlp(x)).view(len(x), 1 + self.cause_tokens, -1).to(image_embeds.dtype).split(1, 1)
+        )
+        return torch.cat([image_embeds + shift, *(tokens if self.gate != 0 else [])], 1)
+
+
+def last_share(parameters: list[torch.nn.Parameter], share: float) -> list[torch.nn.Parameter]:
+    """The last parameters that hold this share of all numbers."""
+    left, kept = share * sum(p.numel() for p in parameters), []
+    for parameter in reversed(parameters):
+        if left <= 0:
+            break
+        kept.append(parameter)
+        left -= parameter.numel()
+    return kept
+
+
+def trained_parts(model, captioner: CaptionerArguments) -> list[torch.nn.Parameter]:
+    """The parameters that are trained, all others frozen. Puts the adapter in its place if it is asked for."""
+    if captioner.parts == "adapter":
+        model.rbm_layer = MLPAdapter(model.rbm_layer, model.config.text_config.encoder_hidden_size)
+    layer = model.rbm_layer
+    modules = {
+        "captioner": (model.projector, model.text_decoder),
+        "refine": (layer.shift, layer.causes if layer.cause_tokens else None) if captioner.parts == "refine" else (),
+        "adapter": (layer.mlp,) if captioner.parts == "adapter" else (),
+    }[captioner.parts]
+    parameters = [p for module in modules if module is not None for p in module.parameters()]
+    if captioner.parts != "captioner":
+        parameters.append(layer.gate)
+    elif captioner.tower_learning_rate:
+        parameters += last_share(list(model.vision_model.parameters()), captioner.tower_share)
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters
+
+
+class CachedViews:
+    """The image of a row as the tower's output for one of its cached views."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def training_view(self, row: int) -> dict:
+        return {"vision_hidden_states": self.store.view(row, int(torch.randint(self.store.num_views, ()))).float()}
+
+    def plain(self, model, rows):
+        return self.store
+
+
+class Images:
+    """The image of a row as pixels, for a tower that is trained."""
+
+    def __init__(self, dataset, image_processor):
+        self.dataset, self.image_processor = dataset, image_processor
+
+    def training_view(self, row: int) -> dict:
+        image = random_view(self.dataset[row]["image"].convert("RGB"))
+        return {"pixel_values": self.image_processor(image, return_tensors="pt")["pixel_values"][0]}
+
+    def plain(self, model, rows):
+        """The plain images' features by the tower as it is now."""
+        features = {}
+        for row in tqdm(rows, desc="encode", leave=False):
+            image = self.dataset[int(row)]["image"].convert("RGB")
+            pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
+            features[row] = vision_tokens(model.vision_model(pixel_values))[0]
+        return EncodedImages(features)
+
+
+class EncodedImages(dict):
+    """Features (N, C) by row number, in memory: `batch` as of a `FeatureStore`."""
+
+    def batch(self, rows) -> torch.Tensor:
+        return torch.stack([self[row] for row in rows])
+
+
+class PackedCaptions(torch.utils.data.Dataset):
+    """An image in a random view, and its captions packed in one row."""
+
+    def __init__(self, images, rows, captions: list[list[list[int]]]):
+        self.images, self.rows, self.captions = images, rows, captions  # captions: of each row, lists of token ids
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        view = int(torch.randint(self.store.num_views, ()))
-        return {
-            "index": index,
-            "vision_hidden_states": self.store.view(self.rows[index], view),
-            **packed(self.captions[index]),
-        }
+        return {"index": index, **self.images.training_view(int(self.rows[index])), **packed(self.captions[index])}
 
 
 def packed(captions: list[list[int]]) -> dict[str, list[int]]:
@@ -146,9 +258,10 @@ def pad_rows(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def collate(items):
+    image = "pixel_values" if "pixel_values" in items[0] else "vision_hidden_states"
     return {
         "index": torch.tensor([item["index"] for item in items]),
-        "vision_hidden_states": torch.stack([item["vision_hidden_states"] for item in items]).float(),
+        image: torch.stack([item[image] for item in items]),
         **pad_rows(items),
     }
 
@@ -156,10 +269,22 @@ def collate(items):
 class CaptionTrainer(Trainer):
     """Evaluates by captioning, with the averaged weights, and keeps the best of them."""
 
-    def __init__(self, *args, held_back, ema, processor, eval_beams, max_new_tokens, **kwargs):
+    def __init__(self, *args, held_back, ema, processor, eval_beams, max_new_tokens, tower_learning_rate=0.0, **kwargs):
         super().__init__(*args, **kwargs)
+        self.tower_learning_rate = tower_learning_rate
         self.held_back, self.ema, self.processor = held_back, ema, processor
         self.generation = {"num_beams": eval_beams, "max_new_tokens": max_new_tokens}
+
+    def create_optimizer(self, *args, **kwargs):
+        """The tower's parameters at a learning rate of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.tower_learning_rate:
+            tower = {id(p) for p in self.model.vision_model.parameters()}
+            for group in list(optimizer.param_groups):
+                of_tower = [p for p in group["params"] if id(p) in tower]
+                group["params"] = [p for p in group["params"] if id(p) not in tower]
+                optimizer.add_param_group({**group, "params": of_tower, "lr": self.tower_learning_rate})
+        return optimizer
 
     def _get_train_sampler(self, train_dataset=None):
         """Rows of about the same length together: a third of the batch would be pads otherwise."""
@@ -169,20 +294,27 @@ class CaptionTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         model = self.ema.module.eval()
-        store, rows, references = self.held_back
+        images, rows, references = self.held_back
         start = time.time()
-        captions = caption_rows(model, self.processor, store, rows, rbm=False, **self.generation)
+        with torch.no_grad():
+            store = images.plain(model, rows)
+        captions = caption_rows(
+            model, self.processor, store, rows, rbm_guidance=0.0, rbm_rerank=False, **self.generation
+        )
         metrics = {
             f"{metric_key_prefix}_cider": 100 * CiderD(references).scores(captions).mean(),
             f"{metric_key_prefix}_vocabulary": corpus_diversity(captions)["vocabulary"],
             f"{metric_key_prefix}_length": corpus_diversity(captions)["mean_length"],
             f"{metric_key_prefix}_seconds": time.time() - start,
         }
+        first = not any("eval_cider" in entry for entry in self.state.log_history)
         best = max((entry["eval_cider"] for entry in self.state.log_history if "eval_cider" in entry), default=-1.0)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if metrics[f"{metric_key_prefix}_cider"] > best and self.is_world_process_zero():
             save_captioner(plain_model(model), self.processor, Path(self.args.output_dir) / "best")
+        if first and self.is_world_process_zero():
+            save_captioner(plain_model(model), self.processor, Path(self.args.output_dir) / "first")
         return metrics
 
 
@@ -192,11 +324,11 @@ class GumbelNoise(LogitsProcessor):
     `multinomial` over a whole vocabulary takes longer than the decoder here.
     """
 
-    def __init__(self, allowed: torch.Tensor):
-        self.allowed = allowed
+    def __init__(self, allowed: torch.Tensor, temperature: float = 1.0):
+        self.allowed, self.temperature = allowed, temperature
 
     def __call__(self, input_ids, scores):
-        noisy = scores[:, self.allowed]
+        noisy = scores[:, self.allowed] / self.temperature
         noisy -= torch.empty_like(noisy).exponential_().log_()
         return torch.full_like(scores, float("-inf")).index_copy_(1, self.allowed, noisy)
 
@@ -252,6 +384,16 @@ class MinimumRiskTrainer(CaptionTrainer):
         super().log(logs, *args, **kwargs)
 
 
+def moving_average(decay: float):
+    """For `AveragedModel`: an average over few steps at first, so that it does not lag behind; over 1 / (1 - decay) later."""
+
+    def update(averages, currents, steps):
+        now = min(decay, (1 + float(steps)) / (10 + float(steps)))
+        torch._foreach_lerp_(averages, currents, 1 - now)
+
+    return update
+
+
 class AverageWeights(TrainerCallback):
     """Keeps the moving average, saves it beside each checkpoint, and widens the softmax for the last steps."""
 
@@ -267,7 +409,9 @@ class AverageWeights(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.exists():
-            tensors = {name: p.detach().clone() for name, p in self.ema.named_parameters()}
+            tensors = {
+                name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in self.ema.named_parameters()
+            }
             save_file(tensors | {"n_averaged": self.ema.n_averaged.clone()}, folder / EMA_FILE)
 
     def resume(self, checkpoint: str):
@@ -296,24 +440,44 @@ def unigram_bias(token_ids: list[int], vocab_size: int, least: float = 0.01) -> 
     return (counts / counts.sum()).log()
 
 
+def load_captioner(captioner: CaptionerArguments) -> PackedCaptioner:
+    """The model to go on from; to train refine or its like, with as many cause tokens as asked for."""
+    if captioner.parts == "captioner":
+        return PackedCaptioner.from_pretrained(captioner.model)
+    config = BlipRBMConfig.from_pretrained(captioner.model)
+    config.rbm_cause_tokens = captioner.cause_tokens
+    return PackedCaptioner.from_pretrained(captioner.model, config=config)
+
+
 def main():
     data, captioner, args = parse_arguments(DataArguments, CaptionerArguments, TrainingArguments)
     args.remove_unused_columns = False
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(captioner.model)
-    model = PackedCaptioner.from_pretrained(captioner.model)
+    model = load_captioner(captioner)
     for name, module in model.text_decoder.named_modules():
         if isinstance(module, torch.nn.Dropout):  # not of attention weights: it cost a fifth of the time
             module.p = 0.0 if name.endswith("self.dropout") else captioner.dropout
     model.generation_config.max_length = None  # max_new_tokens takes its place
     model.label_smoothing, model.image_token_dropout = captioner.label_smoothing, captioner.image_token_dropout
-    model.requires_grad_(False)
-    for part in (model.projector, model.text_decoder):
-        if part is not None:
-            part.requires_grad_(True)
+    model.token_dropout, model.mask_token_id = captioner.token_dropout, processor.tokenizer.mask_token_id
+    trained = trained_parts(model, captioner)
+    print(f"training {captioner.parts}: {sum(p.numel() for p in trained):,} parameters")
+    if captioner.tower_learning_rate:
+        model.vision_model.to(memory_format=torch.channels_last)  # convolutions up to 1.8 times as fast
 
-    dataset = load_pairs(data.dataset, data.train_split, data.max_images)
-    store = cache_features(model.vision_model, processor.image_processor, dataset, data.cache_dir, data.views)
+    if captioner.samples and captioner.tower_learning_rate:
+        raise ValueError(
+            "--samples and --tower_learning_rate exclude each other: captions are sampled from cached features"
+        )
+    dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
+    if captioner.tower_learning_rate:
+        images = Images(dataset, processor.image_processor)
+    else:
+        cache = (data.cache_dir, data.views)
+        images = CachedViews(
+            cache_features(model.vision_model, processor.image_processor, dataset, *cache, dtype=data.encode_dtype)
+        )
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"][:]
     tokens = [caption_tokens(processor, captions[i]) for i in train_rows]
@@ -324,7 +488,7 @@ def main():
         bias = model.text_decoder.cls.predictions.bias
         bias.data.copy_(unigram_bias(seen, len(bias)))
 
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(captioner.ema_decay))
+    ema = AveragedModel(model, multi_avg_fn=moving_average(captioner.ema_decay))
     average = AverageWeights(model, ema, captioner.full_vocabulary_share)
     if last_checkpoint is not None:
         average.resume(last_checkpoint)
@@ -334,26 +498,28 @@ def main():
         **(risk if captioner.samples else {}),
         model=model,
         args=args,
-        train_dataset=PackedCaptions(store, train_rows, tokens),
+        train_dataset=PackedCaptions(images, train_rows, tokens),
         eval_dataset=[],
         data_collator=collate,
         callbacks=[average],
-        held_back=(store, held_rows, [captions[i] for i in held_rows]),
+        held_back=(images, held_rows, [captions[i] for i in held_rows]),
         ema=ema,
         processor=processor,
         eval_beams=captioner.eval_beams,
         max_new_tokens=captioner.max_new_tokens,
+        tower_learning_rate=captioner.tower_learning_rate,
     )
     start = time.time()
     trainer.train(resume_from_checkpoint=last_checkpoint)
     save_captioner(plain_model(ema.module.eval()), processor, Path(args.output_dir) / "last")
     settings = {"data": asdict(data), "captioner": asdict(captioner), "training": args.to_sanitized_dict()}
     history = [entry for entry in trainer.state.log_history if "eval_cider" in entry]
-    earlier = Path(captioner.model).parent / "captioner.json"  # of the stage whose `best` this one went on from
+    folder = Path(captioner.model)  # a finished model has the record of its training in it, a stage's `best` beside it
+    earlier = next((f / "captioner.json" for f in (folder, folder.parent) if (f / "captioner.json").exists()), None)
     write_json(
         Path(args.output_dir) / "captioner.json",
         {
-            "went_on_from": json.loads(earlier.read_text()) if earlier.exists() else None,
+            "went_on_from": json.loads(earlier.read_text()) if earlier else None,
             "minutes": (time.time() - start) / 60,
             "active_vocabulary": len(model.active),
             "held_back": history,

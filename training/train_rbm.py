@@ -39,9 +39,10 @@ from modeling_blip_rbm.rbm import (
 )
 from training.arguments import DataArguments, parse_arguments
 from training.checkpoints import save_captioner, write_json
-from training.data import caption_words, load_pairs, split_held_back
+from training.data import caption_words, split_held_back
 from training.evaluate_rbm import evaluate_rbm, free_energy_gap, log_likelihood
 from training.features import cache_features
+from training.pairs import load_pairs
 
 
 matplotlib.use("Agg")
@@ -336,8 +337,9 @@ def main():
     set_seed(settings.seed)
     processor = BlipRBMProcessor.from_pretrained(settings.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(settings.model)
-    dataset = load_pairs(data.dataset, data.train_split, data.max_images)
-    store = cache_features(model.vision_model, processor.image_processor, dataset, data.cache_dir, data.views)
+    dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
+    cache = (data.cache_dir, data.views)
+    store = cache_features(model.vision_model, processor.image_processor, dataset, *cache, dtype=data.encode_dtype)
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"]
     word_ids = choose_words(processor.tokenizer, [captions[i] for i in train_rows], settings.num_words)

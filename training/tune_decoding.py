@@ -19,16 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.decoding_blip_rbm import SIMILARITIES, rerank_scores
 from training.arguments import DataArguments, parse_arguments
 from training.checkpoints import save_captioner, write_json
-from training.data import load_pairs, split_held_back
-from training.evaluate_captions import caption_rows
+from training.data import split_held_back
+from training.evaluate_captions import candidate_parts, caption_rows
 from training.features import cache_features
 from training.metrics import CiderD, bleu, corpus_diversity
+from training.pairs import load_pairs
 from training.train_captioner import caption_tokens, unigram_bias
 
 
@@ -65,24 +65,6 @@ RERANK_GRID = {
     "rbm_rerank_consensus": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
     "rbm_rerank_similarity": SIMILARITIES,
 }
-
-
-@torch.no_grad()
-def candidate_parts(model, processor, store, rows, n: int, batch_size: int = 8, **generate_kwargs):
-    """Of each image's n candidates: captions, and the parts of their scores as arrays (images, n).
-
-    Candidates are beams, or samples with `do_sample=True`.
-    """
-    captions, parts = [], []
-    if not generate_kwargs.get("do_sample"):
-        generate_kwargs["num_beams"] = n
-    for start in tqdm(range(0, len(rows), batch_size), desc="candidates"):
-        encoding = model.encode_image(vision_hidden_states=store.batch(rows[start : start + batch_size]))
-        sequences = model.generate(encoding=encoding, num_return_sequences=n, rbm_rerank=False, **generate_kwargs)
-        texts = processor.captions(sequences)
-        captions += [texts[i : i + n] for i in range(0, len(texts), n)]
-        parts.append(model.candidate_parts(encoding, sequences, SIMILARITIES))
-    return captions, {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
 
 def tune_rerank(parts: dict[str, np.ndarray], cider: np.ndarray) -> tuple[dict, list]:
@@ -163,8 +145,9 @@ def main():
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     config = model.config
-    dataset = load_pairs(data.dataset, data.train_split, data.max_images)
-    store = cache_features(model.vision_model, processor.image_processor, dataset, data.cache_dir, data.views)
+    dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
+    cache = (data.cache_dir, data.views)
+    store = cache_features(model.vision_model, processor.image_processor, dataset, *cache, dtype=data.encode_dtype)
     train_rows, rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"][:]
     tokens = [token for i in train_rows for ids in caption_tokens(processor, captions[i]) for token in ids[1:]]
