@@ -1,9 +1,11 @@
 """Caption a split with plain BLIP and with BLIP-RBM, measure both, and write one results file.
 
     python -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset flickr8k \
-        --output checkpoints/blip-rbm-small/results.json
+        --output checkpoints/blip-rbm-small/results.json --pictures runs/report
 
-README and the model card take their numbers from that file (`python -m training.report`).
+README and the model card take their numbers from that file (`python -m training.report`). With `--pictures`: a random grid, the
+best and the worst ten, the histogram of differences, where the decoder looks. With `--ablation`: each strategy alone, and
+what the same number of beams gives without the RBM.
 """
 
 import platform
@@ -18,9 +20,10 @@ import transformers
 from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from modeling_blip_rbm.decoding_blip_rbm import SIMILARITIES, rerank_scores
+from training import pictures
 from training.arguments import MeasureArguments, parse_arguments
 from training.checkpoints import write_json
-from training.data import load_pairs
 from training.features import cache_features
 from training.metrics import (
     CiderD,
@@ -31,6 +34,7 @@ from training.metrics import (
     rouge_l,
     tokenize,
 )
+from training.pairs import load_pairs
 
 
 @dataclass
@@ -39,6 +43,10 @@ class EvaluationArguments(MeasureArguments):
     num_beams: int = field(default=3, metadata={"help": "beams of both systems (re-rank may raise its own)"})
     max_new_tokens: int = field(default=20, metadata={"help": "longest caption"})
     batch_size: int = field(default=16, metadata={"help": "images at a time"})
+    ablation: bool = field(default=False, metadata={"help": "measure each strategy alone, and baselines of equal cost"})
+    pictures: Optional[str] = field(
+        default=None, metadata={"help": "folder for pictures; they show the dataset's images"}
+    )
 
 
 @torch.no_grad()
@@ -49,6 +57,24 @@ def caption_rows(model, processor, store, rows: Sequence[int], batch_size: int =
         features = store.batch(rows[start : start + batch_size])
         captions += processor.captions(model.generate(vision_hidden_states=features, **generate_kwargs))
     return captions
+
+
+@torch.no_grad()
+def candidate_parts(model, processor, store, rows, n: int, batch_size: int = 8, **generate_kwargs):
+    """Of each image's n candidates: captions, and the parts of their scores as arrays (images, n).
+
+    Candidates are beams, or samples with `do_sample=True`.
+    """
+    captions, parts = [], []
+    if not generate_kwargs.get("do_sample"):
+        generate_kwargs["num_beams"] = n
+    for start in tqdm(range(0, len(rows), batch_size), desc="candidates"):
+        encoding = model.encode_image(vision_hidden_states=store.batch(rows[start : start + batch_size]))
+        sequences = model.generate(encoding=encoding, num_return_sequences=n, rbm_rerank=False, **generate_kwargs)
+        texts = processor.captions(sequences)
+        captions += [texts[i : i + n] for i in range(0, len(texts), n)]
+        parts.append(model.candidate_parts(encoding, sequences, SIMILARITIES))
+    return captions, {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
 
 def per_image(captions: list[str], references: list[list[str]]) -> dict[str, np.ndarray]:
@@ -85,27 +111,89 @@ def differences(ours, baseline) -> dict[str, dict[str, float]]:
     }
 
 
+@torch.no_grad()
+def ablation(model, processor, store, scorer, **settings) -> dict[str, list[str]]:
+    """Captions by each strategy alone, and by what costs as many beams without an RBM. `oracle` looks at the references."""
+    config = model.config
+    rows, n = range(len(store)), config.rbm_rerank_candidates
+    settings = {name: settings[name] for name in ("max_new_tokens", "num_beams")}
+    captions = {}
+    if model.rbm_layer.gate != 0:
+        captions["refine alone"] = caption_rows(
+            model, processor, store, rows, rbm_guidance=0.0, rbm_rerank=False, **settings
+        )
+    captions["guide alone"] = caption_rows(model, processor, store, rows, rbm_rerank=False, **settings)
+    for guided in (False, True):
+        beta = config.rbm_guidance if guided else 0.0
+        outputs, parts = candidate_parts(
+            model, processor, store, rows, n, rbm_guidance=beta, max_new_tokens=settings["max_new_tokens"]
+        )
+        by_rerank = rerank_scores(
+            *(torch.from_numpy(parts[name]) for name in ("log_prob", "length", "pmi", config.rbm_rerank_similarity)),
+            config.rbm_rerank_length_penalty,
+            config.rbm_rerank_pmi,
+            config.rbm_rerank_consensus,
+        ).numpy()
+        cider = np.array([[scorer.score(i, text) for text in of_image] for i, of_image in enumerate(outputs)])
+        choices = {
+            "first": np.zeros(len(rows), int),
+            "random": np.random.default_rng(0).integers(n, size=len(rows)),
+            "consensus alone": parts[config.rbm_rerank_similarity].argmax(1),
+            "re-rank": by_rerank.argmax(1),
+            "oracle": cider.argmax(1),
+        }
+        for name, chosen in choices.items():
+            of = f"{n} {'guided ' * guided}beams: {name}"
+            captions[of] = [of_image[i] for of_image, i in zip(outputs, chosen)]
+    return captions
+
+
+def seconds_of_vision(model, processor, dataset, batch_size: int, images: int = 128) -> float:
+    """Seconds that the vision tower takes for the whole dataset, measured on some of its images."""
+    images = min(images, len(dataset))
+    pixel_values = processor(images=dataset[:images]["image"])["pixel_values"]
+    model.encode_image(pixel_values[:batch_size])
+    start = time.time()
+    for batch in pixel_values.split(batch_size):
+        model.encode_image(batch)
+    return (time.time() - start) * len(dataset) / images
+
+
+@torch.no_grad()
 def main():
     (args,) = parse_arguments(EvaluationArguments)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
-    dataset = load_pairs(args.dataset, args.split, args.max_images)
+    dataset = load_pairs(args.dataset, args.split, args.max_images, **args.columns)
     references, image_ids = dataset["captions"][:], dataset["image_id"][:]
-    seen = load_pairs(args.dataset, args.train_split)["captions"] if args.train_split else []
+    seen = load_pairs(args.dataset, args.train_split, **args.columns)["captions"] if args.train_split else []
     training_captions = [caption for of_image in seen for caption in of_image] or None
     store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
 
     settings = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+    vision = seconds_of_vision(model, processor, dataset, args.batch_size)
     systems, scores, captions = {}, {}, {}
     for name, rbm in (("BLIP", False), ("BLIP-RBM", True)):
         start = time.time()
         captions[name] = caption_rows(model, processor, store, range(len(dataset)), rbm=rbm, **settings)
         seconds = time.time() - start
         scores[name] = per_image(captions[name], references)
-        systems[name] = summary(captions[name], scores[name], training_captions) | {"seconds": seconds}
+        systems[name] = summary(captions[name], scores[name], training_captions) | {
+            "seconds": vision + seconds,
+            "seconds_of_vision": vision,
+        }
         print(name, {key: round(float(value), 3) for key, value in systems[name].items()})
     difference = differences(scores["BLIP-RBM"], scores["BLIP"])
     print("difference", difference)
+    alone = {}
+    if args.ablation:
+        for name, said in ablation(model, processor, store, CiderD(references), **settings).items():
+            alone[name] = summary(said, per_image(said, references), training_captions)
+            print(name, {key: round(float(value), 3) for key, value in alone[name].items()})
+    if args.pictures:
+        images = dataset["image"]
+        pictures.draw(args.pictures, model, processor, store, images, captions, scores, difference["CIDEr-D"])
+        print(f"pictures in {args.pictures}")
     config = model.config
     write_json(
         args.output,
@@ -125,6 +213,7 @@ def main():
             "parameters": sum(p.numel() for p in model.parameters()),
             "systems": systems,
             "difference": difference,
+            "ablation": alone,
             "versions": {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}
             | {"python": platform.python_version(), "threads": torch.get_num_threads()},
             "captions": [

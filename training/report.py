@@ -50,6 +50,43 @@ def results_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def ablation_table(results: dict) -> str:
+    """Each strategy alone, and what costs as many beams without an RBM."""
+    columns = ("CIDEr-D", "BLEU-4", "ROUGE-L", "vocabulary", "novel")
+    lines = ["| same images | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, system in (results["systems"] | results["ablation"]).items():
+        lines.append(f"| {name} | " + " | ".join(COLUMNS[key].format(system[key]) for key in columns) + " |")
+    seconds = {name: system["seconds"] for name, system in results["systems"].items()}
+    ratio = seconds["BLIP-RBM"] / seconds["BLIP"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Seconds for all images, vision included: BLIP {seconds['BLIP']:.0f}, BLIP-RBM {seconds['BLIP-RBM']:.0f} ({ratio:.1f} times). "
+            "The oracle looks at the references; consensus alone is minimum Bayes risk without the RBM.",
+        ]
+    )
+
+
+def confidence_table(result: dict) -> str:
+    confidence, energy = result["confidence"], result["energy_auc"]
+    return "\n".join(
+        [
+            f"| {result['images']:,} images of {result['split']} | |",
+            "|---|---|",
+            f"| captions that are right (as near to the references as half of the human ones) | {confidence['share_right']:.0%} |",
+            f"| AUC of the confidence for it | {confidence['auc']:.2f} |",
+            f"| expected calibration error | {confidence['expected_calibration_error']:.3f} |",
+            f"| CIDEr-D of all captions, without the least confident fifth, of the most confident fifth | "
+            f"{confidence['cider_all']:.1f}, {confidence['cider_abstaining_at_20_percent']:.1f}, "
+            f"{confidence['cider_of_most_confident']['0.2']:.1f} |",
+            "| AUC of the energy F(x) against images of other kinds | "
+            + ", ".join(f"{kind} {auc:.2f}" for kind, auc in energy.items())
+            + " |",
+        ]
+    )
+
+
 def training_table(captioner: dict, rbm: dict, tuning: dict) -> str:
     minutes, stage = 0.0, captioner
     while stage:
@@ -160,6 +197,8 @@ def blocks() -> dict[str, str]:
         "rbm-likelihood": rbm_likelihood_table(benchmark("rbm_likelihood.json")),
         "rbm-uses": rbm_uses_table(benchmark("digits_rbm.json")),
         "results": results_table(results),
+        "ablation": ablation_table(results),
+        "confidence": confidence_table(read("confidence.json")),
         "training": training_table(read("captioner.json"), read("rbm.json"), read("tuning.json")),
         "parameters": f"{results['parameters'] / 1e6:.1f} M parameters",
         "model-index": model_index(results),

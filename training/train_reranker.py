@@ -1,0 +1,214 @@
+"""Stage 3: fit the RBM's energy to captions that a captioner writes itself, so that re-rank chooses the better ones.
+
+    python -m training.train_reranker training/recipes/reranker-small.yaml --model runs/rbm/best --writer runs/captioner/first \
+        --dataset flickr8k --output_dir runs/reranker
+
+The `writer` samples candidates for training images, each with its sentence CIDEr-D. A candidate's score is that of re-rank
+(log P per token, PMI, consensus, and their weights, which are learned along); the loss is minus the expected CIDEr-D under the
+softmax of the scores over an image's candidates (listwise, as ListNet, Cao et al. 2007; an energy trained on a metric, Bhattacharyya
+et al., EACL 2021), beside the losses that the RBM was trained with.
+
+The writer should not know the training images by heart, or its candidates hold none of the faults that it makes on new images: take
+an early captioner. `reranker.json` says how good its samples are on training and on held-back images.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from modeling_blip_rbm.decoding_blip_rbm import caption_similarity, consensus, word_columns, words_said
+from modeling_blip_rbm.rbm import hidden_input, pointwise_mutual_information
+from training.arguments import DataArguments, parse_arguments
+from training.checkpoints import save_captioner, write_json
+from training.data import caption_words, split_held_back
+from training.evaluate_rbm import evaluate_rbm
+from training.features import cache_features
+from training.metrics import CiderD
+from training.pairs import load_pairs
+from training.train_captioner import GumbelNoise, caption_tokens
+from training.train_rbm import PooledPairs, RBMArguments, RBMObjective, pool_store
+
+
+@dataclass
+class RerankerArguments(RBMArguments):
+    writer: str = field(
+        default=None, metadata={"help": "captioner that writes the candidates, best an early one; default: the model"}
+    )
+    writer_images: int = field(default=3000, metadata={"help": "training images that get candidates"})
+    candidates: int = field(default=16, metadata={"help": "samples an image"})
+    temperature: float = field(default=0.7, metadata={"help": "of the samples"})
+    max_new_tokens: int = field(default=20, metadata={"help": "longest candidate"})
+    listwise: float = field(default=20.0, metadata={"help": "weight of minus the expected CIDEr-D (1 is 100 points)"})
+
+
+@torch.no_grad()
+def write_candidates(writer, processor, store, rows, active, args: RerankerArguments) -> dict[str, torch.Tensor]:
+    """Sampled candidates of these rows: sequences (rows, n, T), log P per token and consensus (rows, n)."""
+    n, batch_size, text = args.candidates, 32, writer.config.text_config
+    noise = GumbelNoise(active, args.temperature)
+    settings = {"num_beams": 1, "max_new_tokens": args.max_new_tokens, "rbm": False, "logits_processor": [noise]}
+    parts = {"sequences": [], "log_prob": [], "consensus": []}
+    for start in tqdm(range(0, len(rows), batch_size), desc=f"write {n} candidates for {len(rows)} images"):
+        features = store.batch(rows[start : start + batch_size])
+        encoding = writer.encode_image(vision_hidden_states=features, rbm=False)
+        prompt = torch.full((len(features) * n, 1), text.bos_token_id)
+        sequences = writer.generate(encoding=encoding, input_ids=prompt, do_sample=False, **settings)
+        log_prob, length = writer.score_captions(encoding, sequences)
+        sequences = torch.nn.functional.pad(
+            sequences, (0, args.max_new_tokens + 1 - sequences.shape[1]), value=text.pad_token_id
+        ).view(len(features), n, -1)
+        special = (text.pad_token_id, text.sep_token_id, text.bos_token_id)
+        parts["sequences"].append(sequences)
+        parts["log_prob"].append((log_prob / length.clamp(min=1)).view(-1, n))
+        parts["consensus"].append(consensus(caption_similarity(sequences, "cosine", special)))
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+class Candidates:
+    """The candidates of some images, ready for the loss."""
+
+    def __init__(self, writer, processor, store, rows, references, active, columns, num_words, args):
+        parts = write_candidates(writer, processor, store, rows, active, args)
+        sequences = parts.pop("sequences")
+        scorer = CiderD(references)
+        texts = [processor.captions(of_image) for of_image in sequences]
+        self.cider = torch.tensor([[scorer.score(i, text) for text in of_image] for i, of_image in enumerate(texts)])
+        self.cider = self.cider.float()
+        self.words = words_said(sequences.flatten(0, 1), columns, num_words).view(*sequences.shape[:2], -1).bool()
+        self.log_prob, self.consensus = parts["log_prob"], parts["consensus"]
+
+    def scores(self, p, weights, a_image, which):
+        """(B, n) of the candidates of the images number `which`, with hidden inputs a_image (B, H) from the image."""
+        pmi = pointwise_mutual_information(p, a_image[:, None], self.words[which].float())
+        return weights[0] * self.log_prob[which] + weights[1] * pmi + weights[2] * self.consensus[which]
+
+    def chosen(self, p, weights, a_image) -> float:
+        """Mean CIDEr-D of the candidates with the best scores."""
+        best = self.scores(p, weights, a_image, torch.arange(len(a_image))).argmax(1, keepdim=True)
+        return 100 * self.cider.gather(1, best).mean().item()
+
+    def summary(self) -> dict[str, float]:
+        return {"sampled_cider": 100 * self.cider.mean().item(), "oracle_cider": 100 * self.cider.amax(1).mean().item()}
+
+
+class RerankObjective(torch.nn.Module):
+    """The RBM's own losses on references, and minus the expected CIDEr-D of its choice among the candidates."""
+
+    def __init__(self, rbm, candidates: Candidates, candidate_images, settings: RerankerArguments):
+        super().__init__()
+        self.own, self.settings = RBMObjective(rbm, settings), settings
+        self.candidates, self.candidate_images = candidates, candidate_images  # (images, views, V)
+        self.log_weights = torch.nn.Parameter(torch.tensor([10.0, 0.5, 10.0]).log())  # of log P, PMI and consensus
+
+    @property
+    def weights(self):
+        return self.log_weights.exp()
+
+    def forward(self, pooled, w):
+        loss, terms = self.own(pooled, w)
+        rbm, images = self.own.rbm, self.candidate_images
+        which = torch.randint(len(images), (len(pooled),))
+        x = rbm.standardise(images[which, torch.randint(images.shape[1], which.shape)])
+        x = x * (torch.rand_like(x) >= self.settings.image_dropout).float()
+        p = rbm.parameters_fp32
+        probs = self.candidates.scores(p, self.weights, hidden_input(p, x), which).softmax(-1)
+        terms["expected_cider"] = (probs * self.candidates.cider[which]).sum(-1).mean()
+        return loss - self.settings.listwise * terms["expected_cider"], terms
+
+
+@torch.no_grad()
+def evaluate(objective, held_candidates, held_back) -> dict[str, float]:
+    rbm = objective.own.rbm
+    p = rbm.parameters_fp32
+    chosen = held_candidates.chosen(p, objective.weights, hidden_input(p, rbm.standardise(held_back[0])))
+    weights = dict(zip(("log_prob", "pmi", "consensus"), objective.weights.tolist()))
+    return {"chosen_cider": chosen, "weights": weights} | evaluate_rbm(rbm, *held_back)
+
+
+def train(accelerator, objective, train_set, held_candidates, held_back, settings) -> list[dict]:
+    """Train; the RBM of the epoch whose choices on held-back images were best stays in `objective`."""
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    loader = torch.utils.data.DataLoader(train_set, settings.batch_size, shuffle=True)
+    objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    plain = accelerator.unwrap_model(objective)
+    history = [{"epoch": 0} | evaluate(plain, held_candidates, held_back)]
+    best = {name: t.clone() for name, t in plain.state_dict().items()}
+    bar = tqdm(range(settings.epochs), desc="train re-ranker", disable=not accelerator.is_main_process)
+    for epoch in bar:
+        sums = {}
+        for pooled, w in loader:
+            loss, terms = objective(pooled, w)
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(objective.parameters(), 10.0)
+            optimizer.step()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + term.item() / len(loader)
+        if not np.isfinite(list(sums.values())).all():
+            raise FloatingPointError(f"training diverged in epoch {epoch + 1} ({sums}): lower --learning_rate")
+        history.append({"epoch": epoch + 1, **sums, **evaluate(plain, held_candidates, held_back)})
+        bar.set_postfix({name: f"{history[-1][name]:.2f}" for name in ("expected_cider", "chosen_cider")})
+        if history[-1]["chosen_cider"] > max(entry["chosen_cider"] for entry in history[:-1]):
+            best = {name: t.clone() for name, t in plain.state_dict().items()}
+    plain.load_state_dict(best)
+    return history
+
+
+def main():
+    data, args = parse_arguments(DataArguments, RerankerArguments)
+    accelerator = Accelerator()
+    set_seed(args.seed)
+    processor = BlipRBMProcessor.from_pretrained(args.model)
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    writer = BlipRBMForConditionalGeneration.from_pretrained(args.writer or args.model).eval()
+    dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
+    cache = {"dataset": dataset, "cache_dir": data.cache_dir, "views": data.views, "dtype": data.encode_dtype}
+    store = cache_features(model.vision_model, processor.image_processor, **cache)
+    writer_store = cache_features(writer.vision_model, processor.image_processor, **cache)
+    train_rows, held_rows = split_held_back(dataset, data.held_back)
+    captions = dataset["captions"][:]
+    tokens = {token for i in train_rows for ids in caption_tokens(processor, captions[i]) for token in ids[1:]}
+    word_ids = model.config.rbm_word_ids
+    words = caption_words(processor.tokenizer, captions, word_ids)
+    pooled = pool_store(store, range(len(dataset)), model.config.rbm_pooling)
+
+    columns = word_columns(word_ids, model.config.text_config.vocab_size)
+    active = torch.tensor(sorted(tokens))
+    some_rows = train_rows[np.random.default_rng(args.seed).permutation(len(train_rows))[: args.writer_images]]
+    candidates, held_candidates = (
+        Candidates(
+            writer, processor, writer_store, rows, [captions[i] for i in rows], active, columns, len(word_ids), args
+        )
+        for rows in (some_rows, held_rows)
+    )
+    quality = {"training": candidates.summary(), "held_back": held_candidates.summary()}
+    print(json.dumps(quality))
+    objective = RerankObjective(model.rbm_layer.rbm, candidates, pooled[some_rows], args)
+    train_set = PooledPairs(pooled[train_rows], [words[i] for i in train_rows])
+    held_back = (pooled[held_rows, 0], [words[i] for i in held_rows])
+    start = time.time()
+    history = train(accelerator, objective, train_set, held_candidates, held_back, args)
+    if accelerator.is_main_process:
+        save_captioner(model, processor, Path(args.output_dir) / "best")
+        report = {
+            "minutes": (time.time() - start) / 60,
+            "candidates": quality,
+            "held_back": history,
+            "reranker": asdict(args),
+            "data": asdict(data),
+        }
+        write_json(Path(args.output_dir) / "reranker.json", report)
+        best = max(history, key=lambda entry: entry["chosen_cider"])
+        print(f"{args.output_dir}/best: {json.dumps(best)}; before: {json.dumps(history[0])}")
+
+
+if __name__ == "__main__":
+    main()
