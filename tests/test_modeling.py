@@ -311,6 +311,62 @@ def test_refine_changes_captions_only_when_its_gate_opens(model, pixel_values):
     assert torch.equal(model.generate(pixel_values, rbm=False), plain)
 
 
+def test_cause_tokens_stand_beside_the_images(blip, pixel_values, tmp_path):
+    model = BlipRBMForConditionalGeneration.from_blip(blip, **RBM_SETTINGS, rbm_cause_tokens=3)
+    randomise(model.rbm_layer)
+    plain = model.encode_image(pixel_values, rbm=False).image_embeds
+    with torch.no_grad():
+        model.rbm_layer.gate.zero_()
+    assert torch.equal(model.encode_image(pixel_values).image_embeds, plain)  # the identity at the start
+    with torch.no_grad():
+        model.rbm_layer.gate.fill_(0.7)
+    refined, hidden_input = model.encode_image(pixel_values)
+    assert refined.shape == (5, plain.shape[1] + 3, plain.shape[2])
+    q = torch.sigmoid(hidden_input)
+    torch.testing.assert_close(refined[:, : plain.shape[1]], plain + 0.7 * model.rbm_layer.shift(q)[:, None])
+    torch.testing.assert_close(refined[:, plain.shape[1] :].flatten(1), 0.7 * model.rbm_layer.causes(q))
+    captions = model.generate(pixel_values, num_beams=3, max_new_tokens=7)
+    uncached = model.generate(pixel_values, num_beams=3, max_new_tokens=7, use_cache=False)
+    assert captions_of(captions) == captions_of(uncached)
+    model.save_pretrained(tmp_path)
+    loaded = BlipRBMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert captions_of(loaded.generate(pixel_values, num_beams=3, max_new_tokens=7)) == captions_of(captions)
+    with pytest.raises(ValueError, match="rbm_cause_tokens is -1"):
+        tiny_config(rbm_cause_tokens=-1)
+
+
+def test_confidence_is_a_logistic_function_of_the_evidence(model, pixel_values):
+    encoding = model.encode_image(pixel_values)
+    sequences = model.generate(encoding=encoding, num_beams=3, num_return_sequences=2, max_new_tokens=7)
+    evidence = model.caption_evidence(encoding, sequences)
+    log_prob, length = model.score_captions(encoding, sequences)
+    torch.testing.assert_close(evidence[:, 0], log_prob / length)
+    parts = model.candidate_parts(encoding, sequences)
+    torch.testing.assert_close(evidence[:, 1], parts["pmi"].flatten())
+    with pytest.raises(ValueError, match="rbm_confidence is None"):
+        model.confidence(evidence)
+    model.config.rbm_confidence = [0.3, 1.7, -0.2]
+    expected = torch.sigmoid(0.3 + 1.7 * evidence[:, 0] - 0.2 * evidence[:, 1])
+    torch.testing.assert_close(model.confidence(evidence), expected)
+    with pytest.raises(ValueError, match="rbm_confidence is "):
+        tiny_config(rbm_confidence=[1.0, 2.0])
+
+
+def test_fused_attention_of_the_tower_is_blips(blip, model, pixel_values, tmp_path):
+    expected = blip.vision_model(pixel_values)[0]
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(model.vision_model(pixel_values)[0], expected)
+    asked = model.vision_model(pixel_values, output_attentions=True)
+    theirs = blip.vision_model(pixel_values, output_attentions=True)
+    for ours, their in zip(asked.attentions, theirs.attentions):
+        torch.testing.assert_close(ours, their)
+    model.save_pretrained(tmp_path)
+    for implementation in ("eager", "sdpa"):
+        loaded = BlipRBMForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=implementation)
+        assert loaded.config._attn_implementation == implementation
+        torch.testing.assert_close(loaded.eval().vision_model(pixel_values)[0], expected)
+
+
 def test_gate_and_shift_learn(model, pixel_values):
     ids, mask = caption_batch()
     model(pixel_values[:3], ids, mask, labels=ids).loss.backward()

@@ -49,6 +49,13 @@ def test_words_are_the_rbms(captioner, images):
     assert list(words.values()) == sorted(words.values(), reverse=True)
 
 
+def test_a_calibrated_model_says_how_sure_it_is(captioner, images):
+    captioner.model.config.rbm_confidence = [0.5, 1.0, 0.1]
+    for captions in captioner(images, num_beams=3, num_return_sequences=2, batch_size=2):
+        assert [list(c) for c in captions] == [["generated_text", "score", "words", "confidence"]] * 2
+        assert all(0 < c["confidence"] < 1 for c in captions)
+
+
 def test_several_captions_prompt_and_plain(captioner, images):
     out = captioner(images[:2], num_return_sequences=3, num_beams=5, prompt="a picture of", batch_size=2)
     assert [len(captions) for captions in out] == [3, 3]

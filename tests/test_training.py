@@ -27,10 +27,12 @@ from tests.conftest import REPO, VOCABULARY, random_image, tiny_tokenizer
 from training import features as features_module
 from training.average_captioners import average
 from training.checkpoints import save_captioner
-from training.data import image_view, load_pairs, split_held_back
+from training.data import image_view, split_held_back
 from training.evaluate_captions import caption_rows
 from training.evaluate_rbm import average_precision
 from training.features import cache_features
+from training.pairs import load_pairs
+from training.shrink_vocabulary import kept_tokens, shrink_captioner, shrink_tokenizer
 from training.train_captioner import (
     GumbelNoise,
     MinimumRiskTrainer,
@@ -175,6 +177,44 @@ def test_stages_end_to_end(pairs, towers, tmp_path):
     knows = json.loads((tmp_path / "knows.json").read_text())
     assert knows["per_word_ap"] > knows["per_word_ap_chance"] + 0.2 and (tmp_path / "knows.png").exists()
 
+    for parts in ("refine", "adapter"):  # from the RBM's captioner, all else frozen
+        refine = ["--model", "rbm/best", *data, "--output_dir", parts, "--parts", parts, "--cause_tokens", 2]
+        refine += ["--per_device_train_batch_size", 4, "--unigram_bias", "false", "--max_steps", 6, "--dropout", 0]
+        refine += ["--learning_rate", "1e-2", "--eval_strategy", "steps", "--eval_steps", 6, "--max_new_tokens", 9]
+        out = succeed("train_captioner", *refine, "--ema_decay", 0.5, cwd=tmp_path)
+        assert f"training {parts}:" in out, out
+    before, after = (
+        BlipRBMForConditionalGeneration.from_pretrained(tmp_path / folder) for folder in ("rbm/best", "refine/best")
+    )
+    assert after.rbm_layer.gate != 0 and after.config.rbm_cause_tokens == 2
+    own, new = before.state_dict(), after.state_dict()
+    assert [n for n in own if not torch.equal(own[n], new[n])] == ["rbm_layer.gate", "rbm_layer.shift.weight"]
+
+    rerank = ["--model", "rbm/best", "--writer", "captioner/first", *data, "--output_dir", "reranker", "--epochs", 3]
+    rerank += ["--writer_images", 12, "--candidates", 4, "--batch_size", 5, "--max_new_tokens", 9]
+    succeed("train_reranker", *rerank, cwd=tmp_path)
+    report = json.loads((tmp_path / "reranker" / "reranker.json").read_text())
+    assert [entry["epoch"] for entry in report["held_back"]] == [0, 1, 2, 3]
+    assert report["candidates"]["training"]["oracle_cider"] >= report["candidates"]["training"]["sampled_cider"]
+
+    tower = [
+        "--model",
+        "captioner/best",
+        *data,
+        "--output_dir",
+        "tower",
+        "--tower_learning_rate",
+        1e-3,
+        "--max_steps",
+        4,
+    ]
+    tower += ["--tower_share", 0.5, "--per_device_train_batch_size", 4, "--unigram_bias", "false", "--ema_decay", 0.5]
+    tower += ["--eval_strategy", "steps", "--eval_steps", 4, "--token_dropout", 0.1, "--max_new_tokens", 9]
+    succeed("train_captioner", *tower, cwd=tmp_path)
+    new = BlipRBMForConditionalGeneration.from_pretrained(tmp_path / "tower" / "best").vision_model.state_dict()
+    changed = [not torch.equal(t, new[n]) for n, t in before.vision_model.state_dict().items()]
+    assert any(changed) and not all(changed)
+
     tune = [
         "--model",
         "rbm/best",
@@ -203,9 +243,27 @@ def test_stages_end_to_end(pairs, towers, tmp_path):
         "--cache_dir",
         tmp_path / "features",
     ]
-    succeed("evaluate_captions", *evaluate, cwd=tmp_path)
+    succeed("evaluate_captions", *evaluate, "--ablation", True, "--pictures", "pictures", cwd=tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["images"] == 8 and set(results["systems"]) == {"BLIP", "BLIP-RBM"}
+    alone = {name: system["CIDEr-D"] for name, system in results["ablation"].items()}
+    assert len(alone) == 11 and alone["5 guided beams: oracle"] >= alone["5 guided beams: re-rank"]
+    drawn = {file.stem for file in (tmp_path / "pictures").glob("*.png")}
+    assert drawn == {"random", "best", "worst", "difference", "attention-1", "attention-2", "attention-3"}
+
+    (tmp_path / "wrong").mkdir()  # a third of the captions are of another image: not every caption can be right
+    for split in ("train", "validation"):
+        rows = load_pairs(pairs, split)
+        captions = [rows[(i + 1) % len(rows) if i % 3 == 0 else i]["captions"] for i in range(len(rows))]
+        rows.remove_columns("captions").add_column("captions", captions).to_parquet(
+            tmp_path / "wrong" / f"{split}.parquet"
+        )
+    confidence = ["--model", "tuned", "--dataset", "wrong", "--output", "confidence.json", "--held_back", 16]
+    succeed("evaluate_confidence", *confidence, "--kind_images", 3, "--cache_dir", tmp_path / "features", cwd=tmp_path)
+    confidence = json.loads((tmp_path / "confidence.json").read_text())
+    assert len(confidence["energy_auc"]) == 5 and (tmp_path / "confidence.png").exists()
+    weights = json.loads((tmp_path / "tuned" / "config.json").read_text())["rbm_confidence"]
+    assert weights == pytest.approx(list(confidence["weights"].values()))
     varied = ["--model", "tuned", "--dataset", pairs, "--output", "varied.json", "--cache_dir", tmp_path / "features"]
     varied += ["--captions", 3, "--causes", 0.5, "--temperatures", 1.0, "--max_new_tokens", 9]
     succeed("evaluate_diversity", *varied, cwd=tmp_path)
@@ -217,8 +275,8 @@ def test_stages_end_to_end(pairs, towers, tmp_path):
 
 
 def test_missing_columns_and_wrong_recipes_are_named(pairs, tmp_path):
-    with pytest.raises(ValueError, match=r"has the columns \['picture'\]; needed: 'image'"):
-        Dataset.from_dict({"picture": ["x"]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"no column for the caption was found among \['image', 'picture'\]"):
+        Dataset.from_dict({"image": ["y"], "picture": ["x"]}).to_parquet(tmp_path / "train.parquet")
         load_pairs(tmp_path, "train")
     (tmp_path / "recipe.yaml").write_text("lerning_rate: 1\n")
     result = stage("train_rbm", "recipe.yaml", "--model", "x", "--dataset", "x", "--output_dir", "x", cwd=tmp_path)
@@ -302,6 +360,39 @@ def test_interrupted_encoding_goes_on(pairs, towers, tmp_path, monkeypatch):
     assert not list((tmp_path / "b").glob("*/features.npy"))
     again = cache_features(tower, image_processor, dataset, tmp_path / "b", batch_size=1).features[:]
     np.testing.assert_array_equal(again, expected)
+
+
+# ---------------------------------------------------------------- vocabulary
+
+
+def test_a_smaller_vocabulary_says_the_same(model, processor, pixel_values, tmp_path):
+    """Tokens that no caption holds go; those that stay have the same probabilities up to the normalisation."""
+    gone = {"street", "horse", "##ing"}
+    kept = [i for i, token in enumerate(VOCABULARY) if token not in gone]
+    with torch.no_grad():  # never said, as after training
+        model.text_decoder.cls.predictions.bias[[VOCABULARY.index(token) for token in gone]] = -50.0
+    small = shrink_captioner(model, kept)
+    tokenizer = shrink_tokenizer(processor.tokenizer, kept)
+    assert len(tokenizer) == len(kept) == small.config.text_config.vocab_size == len(VOCABULARY) - 3
+    assert tokenizer.bos_token == "[DEC]" and tokenizer.bos_token_id == small.decoder_input_ids == kept.index(VOCABULARY.index("[DEC]"))
+    small_processor = type(processor)(processor.image_processor, tokenizer)
+    for settings in ({}, {"num_beams": 3}, {"rbm_guidance": 0.5, "rbm_rerank": True}):
+        expected = processor.captions(model.generate(pixel_values, max_new_tokens=9, **settings))
+        assert small_processor.captions(small.generate(pixel_values, max_new_tokens=9, **settings)) == expected
+    save_captioner(small, small_processor, tmp_path / "small")
+    again = type(processor).from_pretrained(tmp_path / "small")
+    assert again(text="a dog runs on the beach")["input_ids"].tolist() == [
+        [kept.index(i) for i in row] for row in processor(text="a dog runs on the beach")["input_ids"].tolist()
+    ]
+    with pytest.raises(ValueError, match="the RBM has words that would go, such as tokens"):
+        shrink_captioner(model, [i for i in kept if VOCABULARY[i] != "dog"])
+
+
+def test_kept_tokens(processor):
+    tokenizer = processor.tokenizer
+    said = {VOCABULARY.index("dog"), VOCABULARY.index("red")}
+    tokens = tokenizer.convert_ids_to_tokens(kept_tokens(tokenizer, said))
+    assert tokens == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "red", "##s", "[DEC]"]
 
 
 # ---------------------------------------------------------------- losses
