@@ -48,22 +48,26 @@ check: .venv/installed  ## ruff: lint and format
 report: .venv/installed  ## renew what is derived: tables in README.md and model_card.md, the embedded model's code
 	$(RUN) -m training.report
 
-train: .venv/installed  ## make the embedded model again, in runs/blip-rbm-small, from DATASET, VISION and TEXT (about 3 hours on 2 cores)
+train: .venv/installed  ## make the embedded model again, in runs/blip-rbm-small, from DATASET, VISION and TEXT (about 4 hours on 2 cores)
 	$(RUN) -m training.build_captioner --vision $(VISION) --text $(TEXT) --output_dir runs/untrained
 	$(RUN) -m training.train_captioner training/recipes/captioner-small.yaml --model runs/untrained \
 		--dataset $(DATASET) --output_dir runs/captioner
 	$(RUN) -m training.train_captioner training/recipes/captioner-small-finish.yaml --model runs/captioner/best \
 		--dataset $(DATASET) --output_dir runs/captioner-finish
 	$(RUN) -m training.average_captioners runs/captioner-finish/best runs/captioner-finish/last --output_dir runs/captioner-average
-	.venv/bin/accelerate launch --cpu --num_processes 1 -m training.train_rbm training/recipes/rbm-small.yaml \
-		--model runs/captioner-average/best --dataset $(DATASET) --output_dir runs/rbm
+	$(RUN) -m training.train_captioner training/recipes/captioner-small-tower.yaml --model runs/captioner-average/best \
+		--dataset $(DATASET) --output_dir runs/captioner-tower
+	$(RUN) -m training.shrink_vocabulary --model runs/captioner-tower/best --dataset $(DATASET) --output_dir runs/captioner-shrunk/best
+	.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train_rbm training/recipes/rbm-small.yaml \
+		--model runs/captioner-shrunk/best --dataset $(DATASET) --output_dir runs/rbm
 	$(RUN) -m training.tune_decoding training/recipes/decoding-small.yaml --model runs/rbm/best \
 		--dataset $(DATASET) --output_dir runs/blip-rbm-small
-	cp runs/captioner-average/captioner.json runs/rbm/rbm.json runs/blip-rbm-small/
+	$(RUN) -m training.evaluate_confidence --model runs/blip-rbm-small --dataset $(DATASET) --output runs/blip-rbm-small/confidence.json
+	cp runs/captioner-tower/captioner.json runs/rbm/rbm.json runs/blip-rbm-small/
 
 evaluate: .venv/installed  ## measure checkpoints/blip-rbm-small on DATASET's validation split
-	$(RUN) -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset $(DATASET) \
-		--output checkpoints/blip-rbm-small/results.json
+	$(RUN) -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset $(DATASET) --ablation true \
+		--output checkpoints/blip-rbm-small/results.json --pictures runs/report
 
 bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cost of the guide's word gains (needs a quiet machine)
 	.venv/bin/pip install --quiet $(PIP_FLAGS) -r benchmarks/requirements.txt
