@@ -10,7 +10,7 @@ TEXT ?= ../shared/weights/all-minilm-l6-v2
 RUN = .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-min check report train evaluate bench bench-generate clean
+.PHONY: help demo test test-slow test-min check report train tutorial evaluate bench bench-generate clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,14 @@ train: .venv/installed  ## make the embedded model again, in runs/blip-rbm-small
 		--dataset $(DATASET) --output_dir runs/blip-rbm-small
 	$(RUN) -m training.evaluate_confidence --model runs/blip-rbm-small --dataset $(DATASET) --output runs/blip-rbm-small/confidence.json
 	cp runs/captioner-tower/captioner.json runs/rbm/rbm.json runs/blip-rbm-small/
+
+tutorial: .venv/installed  ## the stages on eight photographs of our own, to a repo staged for the Hub: two minutes
+	$(RUN) -m training.pairs --dataset examples/captions.jsonl
+	.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train_rbm training/recipes/tutorial.yaml \
+		--model checkpoints/blip-rbm-small --dataset examples/captions.jsonl --output_dir runs/tutorial/rbm
+	$(RUN) -m training.tune_decoding --model runs/tutorial/rbm/best --dataset examples/captions.jsonl --held_back 2 --views 2 \
+		--candidates 4 --prior 0 --repetition_penalty 1.1 --length_penalty 1.2 --guidance 0 0.1 --output_dir runs/tutorial/model
+	$(RUN) -m training.publish --model runs/tutorial/model --repo_id me/my-blip-rbm --dry_run
 
 evaluate: .venv/installed  ## measure checkpoints/blip-rbm-small on DATASET's validation split
 	$(RUN) -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset $(DATASET) --ablation true \

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -39,6 +40,31 @@ def image_files(paths: list[str]) -> list[Path]:
     return files
 
 
+def read_images(files: list[Path]) -> tuple[dict, list[ValueError]]:
+    """Images by file, and what was wrong with the others."""
+    images, errors = {}, []
+    for file in files:
+        try:
+            images[file] = load_image(file)
+        except ValueError as error:
+            errors.append(error)
+    return images, errors
+
+
+def batches_ahead(files: list[Path], batch_size: int):
+    """(number of files, images, errors) of one batch after the other, the next one read while the model has this one."""
+    parts = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
+    with ThreadPoolExecutor(1) as reader:
+        waiting = None
+        for part in parts:
+            reading = reader.submit(read_images, part)
+            if waiting is not None:
+                yield waiting[0], *waiting[1].result()
+            waiting = len(part), reading
+        if waiting is not None:
+            yield waiting[0], *waiting[1].result()
+
+
 def print_captions(file, captions, as_json: bool):
     if as_json:
         print(json.dumps({"image": str(file), "captions": captions}, ensure_ascii=False))
@@ -72,13 +98,9 @@ def caption_command(args) -> int:
     settings = {"rbm": not args.plain, "num_return_sequences": args.num_captions}
     settings["num_beams"] = max(args.num_beams or model.generation_config.num_beams or 1, args.num_captions)
     with tqdm(total=len(files), desc="caption", unit="image", disable=None) as bar:
-        for start in range(0, len(files), args.batch_size):
-            images = {}
-            for file in files[start : start + args.batch_size]:
-                try:
-                    images[file] = load_image(file)
-                except ValueError as error:
-                    complain(error)
+        for number, images, errors in batches_ahead(files, args.batch_size):
+            for error in errors:
+                complain(error)
             if images:
                 try:
                     outputs = captioner(
@@ -93,7 +115,7 @@ def caption_command(args) -> int:
                     return 2
                 for file, captions in zip(images, outputs):
                     print_captions(file, captions, args.json)
-            bar.update(min(args.batch_size, len(files) - start))
+            bar.update(number)
     return 2 if failures else 0
 
 

@@ -1,6 +1,7 @@
 """The stages from end to end, on drawn images with a tiny tower and a tiny BERT; and what must hold in each."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, Features, Image, Sequence, Value
 from PIL import Image as PILImage
+from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertModel,
@@ -108,10 +110,12 @@ def towers(tmp_path_factory):
     return folder
 
 
-def stage(module, *args, cwd):
+def stage(module, *args, cwd, launcher=()):
+    """Run a stage in a process of its own, or with `accelerate launch` and these flags."""
     environment = {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PATH": "/usr/bin:/bin"}
     environment |= {"HF_HOME": str(cwd / "hf")}
-    command = [sys.executable, "-W", "ignore", "-m", f"training.{module}", *map(str, args)]
+    launch = ["-m", "accelerate.commands.launch", *launcher] if launcher else ["-W", "ignore"]
+    command = [sys.executable, *launch, "-m", f"training.{module}", *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
@@ -374,7 +378,9 @@ def test_a_smaller_vocabulary_says_the_same(model, processor, pixel_values, tmp_
     small = shrink_captioner(model, kept)
     tokenizer = shrink_tokenizer(processor.tokenizer, kept)
     assert len(tokenizer) == len(kept) == small.config.text_config.vocab_size == len(VOCABULARY) - 3
-    assert tokenizer.bos_token == "[DEC]" and tokenizer.bos_token_id == small.decoder_input_ids == kept.index(VOCABULARY.index("[DEC]"))
+    assert tokenizer.bos_token == "[DEC]" and tokenizer.bos_token_id == small.decoder_input_ids == kept.index(
+        VOCABULARY.index("[DEC]")
+    )
     small_processor = type(processor)(processor.image_processor, tokenizer)
     for settings in ({}, {"num_beams": 3}, {"rbm_guidance": 0.5, "rbm_rerank": True}):
         expected = processor.captions(model.generate(pixel_values, max_new_tokens=9, **settings))
@@ -503,6 +509,46 @@ def test_accumulation_does_not_change_loss_or_gradient(blip, processor, tmp_path
     whole, parts = first_step(8, 1), first_step(batch, accumulation)
     assert float(parts["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-4)
     assert float(parts["grad_norm"]) == pytest.approx(float(whole["grad_norm"]), rel=1e-3)
+
+
+@pytest.fixture
+def untrained(pairs, towers, tmp_path):
+    command = ["--vision", towers / "vision", "--text", towers / "text", "--output_dir", tmp_path / "untrained"]
+    succeed("build_captioner", *command, cwd=tmp_path)
+    return tmp_path / "untrained"
+
+
+def test_the_captioner_stage_does_not_depend_on_how_a_batch_is_split(pairs, untrained, tmp_path):
+    """8x1 = 2x4 = 1x8 = 2 processes of 4: the same loss and the same weights after two steps, captions of unlike lengths."""
+    data = [
+        "--dataset",
+        pairs,
+        "--held_back",
+        4,
+        "--views",
+        1,
+        "--cache_dir",
+        tmp_path / "features",
+        "--model",
+        untrained,
+    ]
+    exact = ["--dropout", 0, "--ema_decay", 0, "--max_steps", 2, "--logging_steps", 1, "--max_new_tokens", 3]
+    exact += ["--learning_rate", 1e-3, "--eval_strategy", "steps", "--eval_steps", 2, "--seed", 3]
+    results = {}
+    for batch, steps, processes in ((8, 1, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2)):
+        name = f"{batch}x{steps}x{processes}"
+        size = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", steps, "--output_dir", name]
+        launcher = () if processes == 1 else ("--config_file", str(REPO / "training" / "accelerate" / "multi-cpu.yaml"))
+        size += [] if processes == 1 else ["--ddp_backend", "gloo"]
+        out = succeed("train_captioner", *data, *exact, *size, cwd=tmp_path, launcher=launcher)
+        losses = [float(loss) for loss in re.findall(r"'loss': '([0-9.]+)'", out)]
+        results[name] = losses, load_file(tmp_path / name / "last" / "model.safetensors")
+    losses, weights = results.pop("8x1x1")
+    assert len(losses) == 2
+    for name, (other_losses, other_weights) in results.items():
+        assert other_losses == pytest.approx(losses, rel=1e-3), name  # as printed
+        far = {key: (other_weights[key] - t).abs().max().item() for key, t in weights.items()}
+        assert max(far.values()) <= 1e-5, (name, max(far, key=far.get), max(far.values()))
 
 
 def test_rbm_losses_fall_when_image_and_words_agree(model):

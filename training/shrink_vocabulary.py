@@ -103,7 +103,9 @@ def main():
     save_captioner(small, small_processor, args.output_dir)
     after = sum(p.numel() for p in small.parameters())
     tokens = len(processor.tokenizer)
-    write_json(Path(args.output_dir).parent / "vocabulary.json", {"before": tokens, "after": len(kept), "said": len(said)})
+    write_json(
+        Path(args.output_dir).parent / "vocabulary.json", {"before": tokens, "after": len(kept), "said": len(said)}
+    )
     print(f"{args.output_dir}: {tokens:,} -> {len(kept):,} word-pieces, {before:,} -> {after:,} parameters")
 
 

@@ -52,6 +52,7 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
     """
 
     _auto_class = None  # its checkpoints are for resuming, not for users
+    accepts_loss_kwargs = True  # num_items_in_batch: the same loss however a batch is split over steps and processes
     active = None  # (A,) token ids
     full_vocabulary = False
     label_smoothing = 0.0
@@ -73,9 +74,14 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
         segments=None,
         labels=None,
         weights=None,
+        num_items_in_batch=None,
         **kwargs,
     ):
-        """With `segments` (B, T) the packed loss: the mean over tokens of `weights` (B, T; default 1) * cross entropy."""
+        """With `segments` (B, T) the packed loss: the mean over tokens of `weights` (B, T; default 1) * cross entropy.
+
+        Args:
+            num_items_in_batch: tokens over which the mean is, if they are more than are here (other processes and steps).
+        """
         if segments is None:
             return super().forward(
                 vision_hidden_states=vision_hidden_states,
@@ -109,9 +115,12 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
             weight, bias = weight[self.active], bias[self.active]
             targets = torch.searchsorted(self.active, targets)
         logits = F.linear(hidden, weight, bias)
-        if weights is None:
-            return {"loss": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
-        return {"loss": (F.cross_entropy(logits, targets, reduction="none") * weights[counted]).mean()}
+        losses = F.cross_entropy(
+            logits, targets, label_smoothing=self.label_smoothing if weights is None else 0.0, reduction="none"
+        )
+        if weights is not None:
+            losses = losses * weights[counted]
+        return {"loss": losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)}
 
 
 def packed_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -266,6 +275,19 @@ def collate(items):
     }
 
 
+class LengthGrouped(LengthGroupedSampler):
+    """Rows of about the same length together, in an order that seed and epoch alone decide: the same in every process, and after a
+    stop."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int):
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
 class CaptionTrainer(Trainer):
     """Evaluates by captioning, with the averaged weights, and keeps the best of them."""
 
@@ -289,8 +311,9 @@ class CaptionTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         """Rows of about the same length together: a third of the batch would be pads otherwise."""
         lengths = [sum(map(len, captions)) for captions in self.train_dataset.captions]
-        batch_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch_size, lengths=lengths)
+        args = self.args
+        batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGrouped(batch_size, lengths, args.seed)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         model = self.ema.module.eval()
@@ -346,6 +369,7 @@ class MinimumRiskTrainer(CaptionTrainer):
         super().__init__(*args, **kwargs)
         self.scorer, self.samples, self.reference_weight = CiderD(references), samples, reference_weight
         self.rewards = []  # since the last log
+        self.model_accepts_loss_kwargs = False  # the batch's own labels are not what is trained on
 
     @torch.no_grad()
     def sample(self, model, features) -> list[list[list[int]]]:
@@ -475,9 +499,11 @@ def main():
         images = Images(dataset, processor.image_processor)
     else:
         cache = (data.cache_dir, data.views)
-        images = CachedViews(
-            cache_features(model.vision_model, processor.image_processor, dataset, *cache, dtype=data.encode_dtype)
-        )
+        with args.main_process_first(desc="encode"):
+            store = cache_features(
+                model.vision_model, processor.image_processor, dataset, *cache, dtype=data.encode_dtype
+            )
+        images = CachedViews(store)
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"][:]
     tokens = [caption_tokens(processor, captions[i]) for i in train_rows]
@@ -511,6 +537,8 @@ def main():
     )
     start = time.time()
     trainer.train(resume_from_checkpoint=last_checkpoint)
+    if not trainer.is_world_process_zero():
+        return
     save_captioner(plain_model(ema.module.eval()), processor, Path(args.output_dir) / "last")
     settings = {"data": asdict(data), "captioner": asdict(captioner), "training": args.to_sanitized_dict()}
     history = [entry for entry in trainer.state.log_history if "eval_cider" in entry]

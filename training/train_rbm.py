@@ -295,6 +295,7 @@ def train(accelerator, model, train_set, held_back, settings: RBMArguments):
             if settings.patience is not None and evaluations_since_best(history) >= settings.patience:
                 bar.write(f"epoch {epoch + 1}: no better for {settings.patience} evaluations, stopped")
                 break
+    accelerator.wait_for_everyone()
     rbm.load_state_dict(torch.load(best_file, weights_only=True))
     return history
 
@@ -339,7 +340,8 @@ def main():
     model = BlipRBMForConditionalGeneration.from_pretrained(settings.model)
     dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
     cache = (data.cache_dir, data.views)
-    store = cache_features(model.vision_model, processor.image_processor, dataset, *cache, dtype=data.encode_dtype)
+    with accelerator.main_process_first():
+        store = cache_features(model.vision_model, processor.image_processor, dataset, *cache, dtype=data.encode_dtype)
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"]
     word_ids = choose_words(processor.tokenizer, [captions[i] for i in train_rows], settings.num_words)
