@@ -20,6 +20,7 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+POOLINGS = {"cls_mean": 2, "mean": 1, "mean_max": 2}  # V as a multiple of the tower's width
 TOWERS_WITH_CLS = ("blip_vision_model", "dinov2", "dinov2_with_registers", "clip_vision_model", "vit", "deit", "beit")
 
 
@@ -51,7 +52,8 @@ class BlipRBMConfig(BlipConfig):
         rbm_hidden_size (`int`, defaults to 512): H.
         rbm_visible_type (`str`, defaults to "gaussian"): units of the image block, "gaussian" or "binary".
         rbm_pooling (`str`, *optional*): how the tower's tokens (B, N, C) become the image block: "cls_mean" ([CLS ;
-            mean of the other tokens], V = 2C) or "mean" (V = C). Default: "cls_mean" for towers with a CLS token.
+            mean of the other tokens], V = 2C), "mean" (V = C) or "mean_max" ([mean ; greatest of each channel], V = 2C).
+            Default: "cls_mean" for towers with a CLS token, else "mean".
         rbm_visible_size (`int`, *optional*): V. Follows from tower and pooling; given, it must agree.
         rbm_cause_tokens (`int`, defaults to 0): m, tokens made of the hidden causes that refine appends to the image's.
         rbm_guidance (`float`, defaults to 0.0): beta, weight of the word gains (nats) on the decoder's logits. 0: off.
@@ -139,12 +141,12 @@ class BlipRBMConfig(BlipConfig):
         Raises:
             ValueError: if another V was asked for: the RBM would not fit the encoder.
         """
-        size = self.vision_hidden_size * (2 if self.rbm_pooling == "cls_mean" else 1)
+        size = self.vision_hidden_size * POOLINGS[self.rbm_pooling]
         if self.rbm_visible_size not in (None, size):
             raise ValueError(
                 f"rbm_visible_size is {self.rbm_visible_size}, but tokens of width {self.vision_hidden_size} from the "
                 f"{self.vision_config.model_type} tower, pooled by {self.rbm_pooling!r}, give {size} units. Leave "
-                "rbm_visible_size out, or change rbm_pooling ('mean' or 'cls_mean')."
+                "rbm_visible_size out, or change rbm_pooling ({', '.join(POOLINGS)})."
             )
         self.rbm_visible_size = size
 
@@ -175,7 +177,7 @@ class BlipRBMConfig(BlipConfig):
         check("rbm_hidden_size", is_int(self.rbm_hidden_size, 1), "an int from 1")
         check("rbm_cause_tokens", is_int(self.rbm_cause_tokens, 0), "an int from 0")
         check("rbm_visible_type", self.rbm_visible_type in ("gaussian", "binary"), "'gaussian', 'binary'")
-        check("rbm_pooling", self.rbm_pooling in ("cls_mean", "mean"), "'cls_mean', 'mean'")
+        check("rbm_pooling", self.rbm_pooling in POOLINGS, ", ".join(map(repr, POOLINGS)))
         check("rbm_guidance", is_number(self.rbm_guidance), "a finite number")
         check("rbm_guidance_clip", is_number(self.rbm_guidance_clip, 0), "a finite number from 0")
         check("rbm_guidance_order", self.rbm_guidance_order in WORD_GAIN_ORDERS, ", ".join(WORD_GAIN_ORDERS))

@@ -87,9 +87,12 @@ def vision_tokens(outputs) -> torch.Tensor:
 
 
 def pool_tokens(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
-    """(B, N, C) -> (B, 2C) [CLS ; mean of the others] for "cls_mean" (SAIL, arXiv 2412.04616), (B, C) for "mean"."""
+    """(B, N, C) -> (B, 2C) [CLS ; mean of the others] for "cls_mean" (SAIL, arXiv 2412.04616), (B, C) for "mean", (B, 2C)
+    [mean ; greatest of each channel] for "mean_max", which keeps what is small in the image."""
     if pooling == "mean":
         return tokens.mean(1)
+    if pooling == "mean_max":
+        return torch.cat([tokens.mean(1), tokens.amax(1)], dim=-1)
     return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=-1)
 
 

@@ -47,7 +47,7 @@ def test_encoder_width_of_another_tower():
         ("rbm_word_ids", [3, 3], "token ids, ascending, unique, from 0 to"),
         ("rbm_word_ids", [99999], "token ids, ascending, unique, from 0 to"),
         ("rbm_visible_type", "softmax", "'gaussian', 'binary'"),
-        ("rbm_pooling", "max", "'cls_mean', 'mean'"),
+        ("rbm_pooling", "max", "'cls_mean', 'mean', 'mean_max'"),
         ("rbm_guidance", float("nan"), "a finite number"),
         ("rbm_guidance", "strong", "a finite number"),
         ("rbm_guidance_clip", -1, "a finite number from 0"),

@@ -124,6 +124,10 @@ def test_pooling():
     pooled = pool_tokens(tokens, "cls_mean")
     torch.testing.assert_close(pooled[:, :11], tokens[:, 0])
     torch.testing.assert_close(pooled[:, 11:], tokens[:, 1:].mean(1))
+    pooled = pool_tokens(tokens, "mean_max")
+    torch.testing.assert_close(pooled[:, :11], tokens.mean(1))
+    torch.testing.assert_close(pooled[:, 11:], tokens.max(1).values)
+    assert tiny_config(rbm_pooling="mean_max").rbm_visible_size == 44
 
 
 def test_rbm_that_does_not_fit_the_encoder():

@@ -66,6 +66,9 @@ class RBMArguments:
     output_dir: str = field(metadata={"help": "where log, state and the captioner with its RBM go"})
     hidden_size: int = field(default=512, metadata={"help": "H, hidden causes"})
     num_words: int = field(default=1000, metadata={"help": "K, the most frequent content word-pieces"})
+    pooling: Optional[str] = field(
+        default=None, metadata={"help": "of image tokens: mean, cls_mean or mean_max; default: the model's"}
+    )
     epochs: int = field(default=100, metadata={"help": "an epoch shows each image once, with one of its captions"})
     batch_size: int = field(default=256, metadata={"help": "images a step and process"})
     learning_rate: float = field(default=1e-3, metadata={"help": "warmed up for one epoch, then cosine"})
@@ -204,7 +207,9 @@ class RBMObjective(torch.nn.Module):
 def with_new_rbm(model, word_ids, settings: RBMArguments, pooled, word_share):
     """The same captioner with a fresh RBM over these words, standardised by these pooled images (n, V)."""
     config = BlipRBMConfig.from_dict(
-        model.config.to_dict() | {"rbm_word_ids": word_ids, "rbm_hidden_size": settings.hidden_size}
+        model.config.to_dict()
+        | {"rbm_word_ids": word_ids, "rbm_hidden_size": settings.hidden_size}
+        | ({"rbm_pooling": settings.pooling, "rbm_visible_size": None} if settings.pooling else {})
     )
     fresh = BlipRBMForConditionalGeneration(config)
     frozen = {name: t for name, t in model.state_dict().items() if not name.startswith("rbm_layer.")}
@@ -346,7 +351,7 @@ def main():
     captions = dataset["captions"]
     word_ids = choose_words(processor.tokenizer, [captions[i] for i in train_rows], settings.num_words)
     words = caption_words(processor.tokenizer, captions, word_ids)
-    pooled = pool_store(store, range(len(dataset)), model.config.rbm_pooling)
+    pooled = pool_store(store, range(len(dataset)), settings.pooling or model.config.rbm_pooling)
     word_share = torch.cat([words[i] for i in train_rows]).float().mean(0)
     model = with_new_rbm(model, word_ids, settings, pooled[train_rows].flatten(0, 1), word_share)
     held_back = (pooled[held_rows, 0], [words[i] for i in held_rows])
