@@ -348,13 +348,19 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             raise ValueError("give either pixel_values or vision_hidden_states (the tower's cached output)")
         if vision_hidden_states is None:
             extra = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
-            vision_hidden_states = vision_tokens(self.vision_model(pixel_values.to(self.dtype), **extra))
+            vision_hidden_states = self._vision_hidden_states(pixel_values, **extra)
         tokens = vision_hidden_states.to(self.dtype)
         image_embeds = tokens if self.projector is None else self.projector(tokens)
         hidden_input = self.rbm_layer.hidden_input(tokens)
         if rbm:
             image_embeds = self.rbm_layer.refine(image_embeds, hidden_input)
         return ImageEncoding(image_embeds, hidden_input)
+
+    def _vision_hidden_states(self, pixel_values, **extra) -> torch.Tensor:  # (B, N, C)
+        pixel_values = pixel_values.to(self.dtype)
+        if not self.config.has_blip_tower:  # a convolutional tower is up to 1.3 times as fast so, on CPUs
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        return vision_tokens(self.vision_model(pixel_values, **extra))
 
     @torch.no_grad()
     def image_words(self, hidden_input: torch.Tensor, top_k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -374,7 +380,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
     def image_free_energy(self, pixel_values=None, vision_hidden_states=None) -> torch.Tensor:
         """F(x) (B,) of the image block alone, in nats: high for images unlike those that the RBM was trained on."""
         if vision_hidden_states is None:
-            vision_hidden_states = vision_tokens(self.vision_model(pixel_values.to(self.dtype)))
+            vision_hidden_states = self._vision_hidden_states(pixel_values)
         rbm = self.rbm_layer.rbm
         return rbm.free_energy(rbm.standardise(pool_tokens(vision_hidden_states, self.config.rbm_pooling)))
 

@@ -20,6 +20,7 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+POOLINGS = {"cls_mean": 2, "mean": 1, "mean_max": 2}  # V as a multiple of the tower's width
 TOWERS_WITH_CLS = ("blip_vision_model", "dinov2", "dinov2_with_registers", "clip_vision_model", "vit", "deit", "beit")
 
 
@@ -51,8 +52,10 @@ class BlipRBMConfig(BlipConfig):
         rbm_hidden_size (`int`, defaults to 512): H.
         rbm_visible_type (`str`, defaults to "gaussian"): units of the image block, "gaussian" or "binary".
         rbm_pooling (`str`, *optional*): how the tower's tokens (B, N, C) become the image block: "cls_mean" ([CLS ;
-            mean of the other tokens], V = 2C) or "mean" (V = C). Default: "cls_mean" for towers with a CLS token.
+            mean of the other tokens], V = 2C), "mean" (V = C) or "mean_max" ([mean ; greatest of each channel], V = 2C).
+            Default: "cls_mean" for towers with a CLS token, else "mean".
         rbm_visible_size (`int`, *optional*): V. Follows from tower and pooling; given, it must agree.
+        rbm_cause_tokens (`int`, defaults to 0): m, tokens made of the hidden causes that refine appends to the image's.
         rbm_guidance (`float`, defaults to 0.0): beta, weight of the word gains (nats) on the decoder's logits. 0: off.
         rbm_guidance_clip (`float`, defaults to 5.0): bound on a word's gain, in nats.
         rbm_guidance_order (`str`, defaults to "second"): how the gains are computed: "exact", or expanded in the word
@@ -63,6 +66,8 @@ class BlipRBMConfig(BlipConfig):
         rbm_rerank_consensus (`float`, defaults to 0.0): weight of the mean similarity to the other candidates.
         rbm_rerank_similarity (`str`, defaults to "jaccard"): which similarity, see `decoding_blip_rbm.caption_similarity`.
         rbm_rerank_length_penalty (`float`, defaults to 1.0): alpha in log P / length^alpha.
+        rbm_confidence (`list[float]`, *optional*): bias and weights of log P per token and of PMI in the log-odds that a
+            caption is right (`training/evaluate_confidence.py`); None: not calibrated.
 
     Raises:
         ValueError: for an impossible value, saying which, and what is allowed.
@@ -83,6 +88,7 @@ class BlipRBMConfig(BlipConfig):
         rbm_visible_type="gaussian",
         rbm_pooling=None,
         rbm_visible_size=None,
+        rbm_cause_tokens=0,
         rbm_guidance=0.0,
         rbm_guidance_clip=5.0,
         rbm_guidance_order="second",
@@ -92,6 +98,7 @@ class BlipRBMConfig(BlipConfig):
         rbm_rerank_consensus=0.0,
         rbm_rerank_similarity="jaccard",
         rbm_rerank_length_penalty=1.0,
+        rbm_confidence=None,
         **kwargs,
     ):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -113,6 +120,7 @@ class BlipRBMConfig(BlipConfig):
         self.rbm_visible_type = rbm_visible_type
         self.rbm_pooling = rbm_pooling or ("cls_mean" if tower.model_type in TOWERS_WITH_CLS else "mean")
         self.rbm_visible_size = rbm_visible_size
+        self.rbm_cause_tokens = rbm_cause_tokens
         self.rbm_guidance = rbm_guidance
         self.rbm_guidance_clip = rbm_guidance_clip
         self.rbm_guidance_order = rbm_guidance_order
@@ -122,6 +130,7 @@ class BlipRBMConfig(BlipConfig):
         self.rbm_rerank_consensus = rbm_rerank_consensus
         self.rbm_rerank_similarity = rbm_rerank_similarity
         self.rbm_rerank_length_penalty = rbm_rerank_length_penalty
+        self.rbm_confidence = rbm_confidence
         self._check()
         if self.vision_hidden_size is not None:
             self.set_visible_size()
@@ -132,12 +141,12 @@ class BlipRBMConfig(BlipConfig):
         Raises:
             ValueError: if another V was asked for: the RBM would not fit the encoder.
         """
-        size = self.vision_hidden_size * (2 if self.rbm_pooling == "cls_mean" else 1)
+        size = self.vision_hidden_size * POOLINGS[self.rbm_pooling]
         if self.rbm_visible_size not in (None, size):
             raise ValueError(
                 f"rbm_visible_size is {self.rbm_visible_size}, but tokens of width {self.vision_hidden_size} from the "
                 f"{self.vision_config.model_type} tower, pooled by {self.rbm_pooling!r}, give {size} units. Leave "
-                "rbm_visible_size out, or change rbm_pooling ('mean' or 'cls_mean')."
+                "rbm_visible_size out, or change rbm_pooling ({', '.join(POOLINGS)})."
             )
         self.rbm_visible_size = size
 
@@ -166,13 +175,16 @@ class BlipRBMConfig(BlipConfig):
             f"token ids, ascending, unique, from 0 to {vocab_size - 1}",
         )
         check("rbm_hidden_size", is_int(self.rbm_hidden_size, 1), "an int from 1")
+        check("rbm_cause_tokens", is_int(self.rbm_cause_tokens, 0), "an int from 0")
         check("rbm_visible_type", self.rbm_visible_type in ("gaussian", "binary"), "'gaussian', 'binary'")
-        check("rbm_pooling", self.rbm_pooling in ("cls_mean", "mean"), "'cls_mean', 'mean'")
+        check("rbm_pooling", self.rbm_pooling in POOLINGS, ", ".join(map(repr, POOLINGS)))
         check("rbm_guidance", is_number(self.rbm_guidance), "a finite number")
         check("rbm_guidance_clip", is_number(self.rbm_guidance_clip, 0), "a finite number from 0")
         check("rbm_guidance_order", self.rbm_guidance_order in WORD_GAIN_ORDERS, ", ".join(WORD_GAIN_ORDERS))
         check("rbm_rerank_similarity", self.rbm_rerank_similarity in SIMILARITIES, ", ".join(map(repr, SIMILARITIES)))
         check("rbm_rerank_candidates", is_int(self.rbm_rerank_candidates, 1), "an int from 1")
+        numbers = self.rbm_confidence or (0, 0, 0)
+        check("rbm_confidence", len(numbers) == 3 and all(map(is_number, numbers)), "three finite numbers, or None")
         for name in ("rbm_rerank_pmi", "rbm_rerank_consensus", "rbm_rerank_length_penalty"):
             check(name, is_number(getattr(self, name)), "a finite number")
 

@@ -23,6 +23,7 @@ class BlipRBMImageToTextPipeline(Pipeline):
 
     - `generated_text`: the caption.
     - `score`: the geometric mean of the decoder's probability of its tokens, in [0, 1].
+    - `confidence`: the chance that the caption is right, if the model was calibrated (`training/evaluate_confidence.py`).
     - `words`: the RBM's most probable words for the image, each with P(word | image, no other word); `top_words` many.
     """
 
@@ -67,8 +68,10 @@ class BlipRBMImageToTextPipeline(Pipeline):
         sequences = model.generate(encoding=encoding, **prompt, **generate_kwargs)
         if not hasattr(sequences, "shape"):  # return_dict_in_generate=True in the generation config
             sequences = sequences.sequences
-        log_prob, length = model.score_captions(encoding, sequences)
-        output = {"sequences": sequences, "score": (log_prob / length.clamp(min=1)).exp()}
+        evidence = model.caption_evidence(encoding, sequences)
+        output = {"sequences": sequences, "score": evidence[:, 0].exp()}
+        if model.config.rbm_confidence is not None:
+            output["confidence"] = model.confidence(evidence)
         if model.config.rbm_word_ids and top_words:
             output["word_probs"], output["word_ids"] = model.image_words(encoding.hidden_input, top_words)
         images = len(encoding.image_embeds)  # one row an image: the base class takes a batch apart along the first axis
@@ -81,7 +84,13 @@ class BlipRBMImageToTextPipeline(Pipeline):
             words = dict(zip(tokens, outputs["word_probs"].flatten().tolist()))
         sequences, scores = outputs["sequences"], outputs["score"].flatten().tolist()
         captions = self.processor.captions(sequences.reshape(len(scores), -1))
-        return [{"generated_text": caption, "score": score, "words": words} for caption, score in zip(captions, scores)]
+        results = [
+            {"generated_text": caption, "score": score, "words": words} for caption, score in zip(captions, scores)
+        ]
+        if "confidence" in outputs:
+            for result, confidence in zip(results, outputs["confidence"].flatten().tolist()):
+                result["confidence"] = confidence
+        return results
 
 
 __all__ = ["BlipRBMImageToTextPipeline"]
