@@ -63,7 +63,11 @@ def test_converted_blip_gives_blips_tokens_after_a_prompt(blip, model, pixel_val
 
 def test_converted_blip_gives_blips_logits(blip, model, pixel_values):
     ids = torch.randint(5, 40, (5, 11))
-    torch.testing.assert_close(model(pixel_values, ids).logits, blip(pixel_values, ids).logits)
+    expected = blip(pixel_values, ids).logits
+    # these weights are large: they magnify the fused kernel's rounding in the tower a thousand times
+    torch.testing.assert_close(model(pixel_values, ids).logits, expected, atol=5e-3, rtol=1e-2)
+    model.config._attn_implementation = "eager"
+    torch.testing.assert_close(model(pixel_values, ids).logits, expected)
 
 
 def test_from_blip_reads_a_folder(blip, pixel_values, tmp_path):

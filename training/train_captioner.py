@@ -473,6 +473,27 @@ def load_captioner(captioner: CaptionerArguments) -> PackedCaptioner:
     return PackedCaptioner.from_pretrained(captioner.model, config=config)
 
 
+def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerArguments, settings: dict):
+    """The averaged weights as at the end in `last`, and what was measured in captioner.json."""
+    output_dir = Path(trainer.args.output_dir)
+    save_captioner(plain_model(trainer.ema.module.eval()), trainer.processor, output_dir / "last")
+    history = [entry for entry in trainer.state.log_history if "eval_cider" in entry]
+    folder = Path(captioner.model)  # a finished model has the record of its training in it, a stage's `best` beside it
+    earlier = next((f / "captioner.json" for f in (folder, folder.parent) if (f / "captioner.json").exists()), None)
+    write_json(
+        output_dir / "captioner.json",
+        {
+            "went_on_from": json.loads(earlier.read_text()) if earlier else None,
+            "minutes": minutes,
+            "active_vocabulary": len(trainer.model.active),
+            "held_back": history,
+            **settings,
+        },
+    )
+    best = max(history, key=lambda entry: entry["eval_cider"])
+    print(f"{output_dir}/best: epoch {best['epoch']:.0f}, held-back CIDEr-D {best['eval_cider']:.1f}")
+
+
 def main():
     data, captioner, args = parse_arguments(DataArguments, CaptionerArguments, TrainingArguments)
     args.remove_unused_columns = False
@@ -537,25 +558,11 @@ def main():
     )
     start = time.time()
     trainer.train(resume_from_checkpoint=last_checkpoint)
-    if not trainer.is_world_process_zero():
-        return
-    save_captioner(plain_model(ema.module.eval()), processor, Path(args.output_dir) / "last")
-    settings = {"data": asdict(data), "captioner": asdict(captioner), "training": args.to_sanitized_dict()}
-    history = [entry for entry in trainer.state.log_history if "eval_cider" in entry]
-    folder = Path(captioner.model)  # a finished model has the record of its training in it, a stage's `best` beside it
-    earlier = next((f / "captioner.json" for f in (folder, folder.parent) if (f / "captioner.json").exists()), None)
-    write_json(
-        Path(args.output_dir) / "captioner.json",
-        {
-            "went_on_from": json.loads(earlier.read_text()) if earlier else None,
-            "minutes": (time.time() - start) / 60,
-            "active_vocabulary": len(model.active),
-            "held_back": history,
-            **settings,
-        },
-    )
-    best = max(history, key=lambda entry: entry["eval_cider"])
-    print(f"{args.output_dir}/best: epoch {best['epoch']:.0f}, held-back CIDEr-D {best['eval_cider']:.1f}")
+    if trainer.is_world_process_zero():
+        settings = {"data": asdict(data), "captioner": asdict(captioner), "training": args.to_sanitized_dict()}
+        write_results(trainer, (time.time() - start) / 60, captioner, settings)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

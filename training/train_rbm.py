@@ -372,6 +372,8 @@ def main():
             },
         )
         print(f"{settings.output_dir}/best: {json.dumps(history[-1])}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
