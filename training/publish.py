@@ -30,7 +30,7 @@ CARD = """---
 
 # {name}
 
-[BLIP-RBM](https://arxiv.org/abs/2201.12086): BLIP with a restricted Boltzmann machine between its vision encoder and its text decoder.
+BLIP-RBM: [BLIP](https://arxiv.org/abs/2201.12086) with a restricted Boltzmann machine between its vision encoder and its text decoder.
 It captions images; the RBM guides the words, and chooses among candidate captions.
 
 ```python
