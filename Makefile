@@ -76,6 +76,9 @@ tutorial: .venv/installed  ## the stages on eight photographs of our own, to a r
 evaluate: .venv/installed  ## measure checkpoints/blip-rbm-small on DATASET's validation split
 	$(RUN) -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset $(DATASET) --ablation true \
 		--output checkpoints/blip-rbm-small/results.json --pictures runs/report
+	$(RUN) -m training.evaluate_confidence --model checkpoints/blip-rbm-small --dataset $(DATASET) \
+		--output checkpoints/blip-rbm-small/confidence.json
+	mv checkpoints/blip-rbm-small/confidence.png docs/confidence.png
 
 bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cost of the guide's word gains (needs a quiet machine)
 	.venv/bin/pip install --quiet $(PIP_FLAGS) -r benchmarks/requirements.txt

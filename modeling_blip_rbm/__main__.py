@@ -55,14 +55,11 @@ def batches_ahead(files: list[Path], batch_size: int):
     """(number of files, images, errors) of one batch after the other, the next one read while the model has this one."""
     parts = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     with ThreadPoolExecutor(1) as reader:
-        waiting = None
-        for part in parts:
-            reading = reader.submit(read_images, part)
-            if waiting is not None:
-                yield waiting[0], *waiting[1].result()
-            waiting = len(part), reading
-        if waiting is not None:
-            yield waiting[0], *waiting[1].result()
+        reading = reader.submit(read_images, parts[0]) if parts else None
+        for part, following in zip(parts, [*parts[1:], []]):
+            images, errors = reading.result()
+            reading = reader.submit(read_images, following)
+            yield len(part), images, errors
 
 
 def print_captions(file, captions, as_json: bool):

@@ -229,6 +229,22 @@ def pool_store(store, rows, pooling: str) -> torch.Tensor:
     return torch.stack(pooled)
 
 
+def train_epoch(accelerator, objective, optimizer, loader, schedule=None) -> dict[str, float]:
+    """One pass over the pairs; the mean of each term of the loss."""
+    sums = {}
+    for pooled, w in loader:
+        loss, terms = objective(pooled, w)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(objective.parameters(), 10.0)
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0.0) + term.item() / len(loader)
+    return sums
+
+
 def train(accelerator, model, train_set, held_back, settings: RBMArguments):
     """Train; what is measured goes to `log.jsonl`, the best machine to `best.pt` and, at the end, into `model`."""
     rbm = model.rbm_layer.rbm
@@ -257,17 +273,8 @@ def train(accelerator, model, train_set, held_back, settings: RBMArguments):
     done = history[-1]["epoch"] if history else 0
     bar = tqdm(range(done, settings.epochs), desc="train RBM", disable=not accelerator.is_main_process)
     for epoch in bar:
-        sums = {}
         objective.train()
-        for pooled, w in loader:
-            loss, terms = objective(pooled, w)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(objective.parameters(), 10.0)
-            optimizer.step()
-            schedule.step()
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + term.item() / len(loader)
+        sums = train_epoch(accelerator, objective, optimizer, loader, schedule)
         finite = all(torch.isfinite(parameter).all() for parameter in rbm.parameters())
         if not finite or not np.isfinite(list(sums.values())).all():
             raise FloatingPointError(

@@ -34,7 +34,7 @@ from training.features import cache_features
 from training.metrics import CiderD
 from training.pairs import load_pairs
 from training.train_captioner import GumbelNoise, caption_tokens
-from training.train_rbm import PooledPairs, RBMArguments, RBMObjective, pool_store
+from training.train_rbm import PooledPairs, RBMArguments, RBMObjective, pool_store, train_epoch
 
 
 @dataclass
@@ -143,15 +143,7 @@ def train(accelerator, objective, train_set, held_candidates, held_back, setting
     best = {name: t.clone() for name, t in plain.state_dict().items()}
     bar = tqdm(range(settings.epochs), desc="train re-ranker", disable=not accelerator.is_main_process)
     for epoch in bar:
-        sums = {}
-        for pooled, w in loader:
-            loss, terms = objective(pooled, w)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(objective.parameters(), 10.0)
-            optimizer.step()
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + term.item() / len(loader)
+        sums = train_epoch(accelerator, objective, optimizer, loader)
         if not np.isfinite(list(sums.values())).all():
             raise FloatingPointError(f"training diverged in epoch {epoch + 1} ({sums}): lower --learning_rate")
         history.append({"epoch": epoch + 1, **sums, **evaluate(plain, held_candidates, held_back)})
@@ -169,6 +161,12 @@ def main():
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     writer = BlipRBMForConditionalGeneration.from_pretrained(args.writer or args.model).eval()
+    sizes = [m.config.text_config.vocab_size for m in (model, writer)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the writer has {sizes[1]} word-pieces, the model {sizes[0]}: their token ids differ; shrink the writer too "
+            "(training.shrink_vocabulary, with the same data)"
+        )
     dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
     cache = {"dataset": dataset, "cache_dir": data.cache_dir, "views": data.views, "dtype": data.encode_dtype}
     store = cache_features(model.vision_model, processor.image_processor, **cache)
