@@ -129,3 +129,6 @@ def random_image(width=37, height=29, mode="RGB", seed=0):
 
 def tiny_config(**settings):
     return BlipRBMConfig(**{"vision_config": VISION_CONFIG, "text_config": TEXT_CONFIG, **RBM_SETTINGS, **settings})
+
+
+pytest_plugins = ["tests.stages"]  # fixtures of the training stages

@@ -1,13 +1,32 @@
 """Command lines of the stages: `python -m training.STAGE [recipe.yaml] [--flag value ...]`, flags win over the recipe."""
 
 import sys
+import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Optional
 
 import torch
 import yaml
 from transformers import HfArgumentParser
+
+
+@lru_cache
+def bf16_is_fast() -> bool:
+    """Whether products in bf16 are faster than in fp32 here. Some processors emulate them, hundreds of times slower: found out on small
+    matrices."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, dtype=dtype)
+        a @ a
+        start = time.perf_counter()
+        for _ in range(3):
+            a @ a
+        seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 @dataclass
@@ -33,7 +52,12 @@ class DataArguments(SourceArguments):
     views: int = field(default=4, metadata={"help": "cached views an image: 1 plain, 2 mirrored, more: random crops"})
     cache_dir: str = field(default="runs/features", metadata={"help": "where outputs of the vision tower are kept"})
     encode_dtype: str = field(
-        default="float32", metadata={"help": "in which the tower encodes training views: float32 or bfloat16"}
+        default="auto",
+        metadata={"help": "in which the tower encodes training views: float32, bfloat16, or auto, the faster one here"},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "read the data once, keep features and captions only: for data larger than the disk"},
     )
 
 
@@ -54,11 +78,13 @@ class CaptionerArguments:
     parts: str = field(
         default="captioner",
         metadata={
-            "help": "what is trained: captioner (decoder and projector), refine (the RBM layer's, all else frozen), or for "
-            "comparison adapter (an MLP of as many parameters in refine's place)",
-            "choices": ["captioner", "refine", "adapter"],
+            "help": "what is trained: captioner (decoder and projector), lora (low-rank changes of the decoder's attention, merged "
+            "when saved), refine (the RBM layer's, all else frozen), or for comparison adapter (an MLP of as many parameters in "
+            "refine's place)",
+            "choices": ["captioner", "lora", "refine", "adapter"],
         },
     )
+    lora_rank: int = field(default=16, metadata={"help": "rank of the changes with --parts lora"})
     cause_tokens: int = field(default=4, metadata={"help": "m, of refine"})
     dropout: float = field(default=0.1, metadata={"help": "in the decoder"})
     image_token_dropout: float = field(default=0.0, metadata={"help": "share of image tokens hidden in a step"})
@@ -114,6 +140,9 @@ def parse_arguments(*argument_classes):
         for key, value in recipe.items():
             flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
         argv = flags + argv[1:]
+    if "--bf16" in argv and argv[argv.index("--bf16") + 1].lower() == "true" and not bf16_is_fast():
+        print("bf16 is slower than fp32 on this processor: training in fp32", file=sys.stderr)
+        argv = [*argv, "--bf16", "false"]
     if not torch.cuda.is_available() and "--use_cpu" in (o for a in parser._actions for o in a.option_strings):
         argv = ["--use_cpu", "true", *argv]  # bf16 on a machine without accelerator wants it said
     return parser.parse_args_into_dataclasses(args=argv)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +17,32 @@ def write_json(path: str | Path, value) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
     os.replace(temporary, path)
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has had, memory-mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def refuse_other_output(output_dir: str | Path, *own: str) -> None:
+    """Stop before a stage writes into a folder that holds something else.
+
+    Args:
+        own: patterns of files that show that the folder is this stage's, which may go on in it.
+
+    Raises:
+        ValueError: if the folder holds a model (config.json), or other files and none of `own`.
+    """
+    folder = Path(output_dir)
+    if not folder.is_dir() or any(next(folder.glob(pattern), None) for pattern in own):
+        return
+    found = sorted(file.name for file in folder.iterdir())
+    if found:
+        what = "a model" if "config.json" in found else "other files"
+        raise ValueError(
+            f"--output_dir {folder} holds {what} that this stage did not write ({', '.join(found[:4])}): nothing was changed; give a new folder"
+        )
 
 
 def save_captioner(model, processor, output_dir: str | Path, half: bool = False, max_shard_size: str = "45MB") -> None:

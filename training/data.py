@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from datasets import Dataset, Image
 from PIL import ImageEnhance, ImageOps
+from scipy.sparse import csr_matrix
 
-from modeling_blip_rbm.decoding_blip_rbm import word_columns, words_said
+from modeling_blip_rbm.decoding_blip_rbm import word_columns
 
 
 # How one cached training view differs from the plain image. View 0 is the plain image, view 1 its mirror image, and
@@ -66,11 +67,46 @@ def images_fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def caption_words(tokenizer, captions, word_ids) -> list[torch.Tensor]:
-    """Of each image, which words its captions hold: bool (captions, K)."""
-    columns = word_columns(word_ids, len(tokenizer))
-    result = []
+class CaptionWords:
+    """Which of an RBM's words each caption holds, sparse: `words[i]` is bool (captions of image i, K).
+
+    Args:
+        token_ids: of every caption of every image, one after the other. counts: captions of each image.
+    """
+
+    def __init__(self, token_ids: list[list[int]], counts: list[int], word_ids: list[int], vocab_size: int):
+        columns = word_columns(word_ids, vocab_size).numpy()
+        found = [np.unique(columns[np.asarray(ids, dtype=np.int64)]) for ids in token_ids]
+        found = [columns_of[columns_of < len(word_ids)] for columns_of in found]
+        ends = np.cumsum([0, *map(len, found)])
+        indices = np.concatenate([np.empty(0, np.int64), *found])
+        shape = (len(found), len(word_ids))
+        self.matrix = csr_matrix((np.ones(len(indices), np.float32), indices, ends), shape=shape)
+        self.starts = np.cumsum([0, *counts])
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, image: int) -> torch.Tensor:
+        rows = slice(*self.starts[[image, image + 1]])
+        return torch.from_numpy(self.matrix[rows].toarray()).bool()
+
+    def choose(self, images: np.ndarray, chance: np.ndarray) -> torch.Tensor:
+        """(len(images), K) fp32: of each image the caption that its number in [0, 1) falls on."""
+        counts = self.starts[images + 1] - self.starts[images]
+        rows = self.starts[images] + (chance * counts).astype(np.int64)
+        return torch.from_numpy(self.matrix[rows].toarray())
+
+    def share(self, images: np.ndarray) -> torch.Tensor:
+        """(K,) share of these images' captions that hold each word."""
+        rows = np.concatenate([np.arange(*self.starts[[i, i + 1]]) for i in images])
+        return torch.from_numpy(np.asarray(self.matrix[rows].mean(0), dtype=np.float32)[0])
+
+
+def caption_words(tokenizer, captions, word_ids) -> CaptionWords:
+    """Of each image, which words its captions hold."""
+    counts = [len(of_image) for of_image in captions]
+    token_ids = []
     for of_image in captions:
-        ids = tokenizer(list(of_image), add_special_tokens=False, padding=True, return_tensors="pt")["input_ids"]
-        result.append(words_said(ids, columns, len(word_ids)).bool())
-    return result
+        token_ids += tokenizer(list(of_image), add_special_tokens=False)["input_ids"]
+    return CaptionWords(token_ids, counts, word_ids, len(tokenizer))

@@ -73,6 +73,7 @@ def plot(points: dict, path: Path):
     plt.close(figure)
 
 
+@torch.no_grad()
 def main():
     (args,) = parse_arguments(DiversityArguments)
     processor = BlipRBMProcessor.from_pretrained(args.model)
@@ -103,5 +104,4 @@ def main():
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()

@@ -14,8 +14,7 @@ import matplotlib
 import torch
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.modeling_blip_rbm import pool_tokens
-from modeling_blip_rbm.rbm import free_energy, hidden_input, pointwise_mutual_information, word_gains
+from modeling_blip_rbm.rbm import free_energy, hidden_input, pairwise_mutual_information, word_gains
 from modeling_blip_rbm.rbm_likelihood import annealed_importance_sampling, base_rate_model, log_prob
 from training.arguments import MeasureArguments, parse_arguments
 from training.checkpoints import write_json
@@ -61,7 +60,7 @@ def evaluate_rbm(rbm, pooled: torch.Tensor, words: list[torch.Tensor]) -> dict[s
     a = hidden_input(p, rbm.standardise(pooled))
     owner = torch.tensor([i for i, of_image in enumerate(words) for _ in of_image])
     w = torch.cat([of_image.float() for of_image in words])
-    scores = torch.cat([pointwise_mutual_information(p, row[None], w)[None] for row in a])  # (n, captions)
+    scores = pairwise_mutual_information(p, a, w)  # (n, captions)
     own = owner[None] == torch.arange(len(words))[:, None]
     best_own = scores.masked_fill(~own, float("-inf")).max(1, keepdim=True).values
     rank_of_caption = (scores.masked_fill(own, float("-inf")) > best_own).sum(1)
@@ -134,9 +133,9 @@ def main():
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     dataset = load_pairs(args.dataset, args.split, args.max_images, **args.columns)
-    store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir, views=1)
-    pooled = torch.stack(
-        [pool_tokens(store.view(row, 0)[None].float(), model.config.rbm_pooling)[0] for row in range(len(dataset))]
+    settings = {"pooling": model.config.rbm_pooling}
+    pooled = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir, **settings).batch(
+        range(len(dataset))
     )
     word_ids = list(model.config.rbm_word_ids)
     names = processor.tokenizer.convert_ids_to_tokens(word_ids)

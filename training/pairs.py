@@ -4,9 +4,11 @@ python -m training.pairs --dataset my-photos --split train        # what would b
 """
 
 import argparse
+import hashlib
 import io
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -137,6 +139,11 @@ def image_header(image: dict | str | None, folder: Path) -> tuple[dict, tuple[in
         raise ValueError("image cannot be read") from None
 
 
+def content_hash(image: dict) -> bytes | None:
+    """Of an image's encoded bytes, if the data hold them."""
+    return hashlib.sha256(image["bytes"]).digest() if image.get("bytes") else None
+
+
 def collect(table: Dataset, folder: Path, image_column: str, caption_column: str, id_column: str | None):
     """Rows of one image each, in the order of their first appearance; and what was dropped, seen and measured."""
     rows, dropped, modes, sides = {}, Counter(), Counter(), []
@@ -151,7 +158,7 @@ def collect(table: Dataset, folder: Path, image_column: str, caption_column: str
         path = image if isinstance(image, str) else None
         key = str(row[id_column]) if id_column else path or str(number)
         if key in rows:
-            same = path is not None or (image and image.get("bytes") == rows[key]["image"].get("bytes"))
+            same = path is not None or (image and content_hash(image) == rows[key]["hash"])
             if same:  # one caption a row
                 rows[key]["captions"] += captions
             else:
@@ -162,7 +169,14 @@ def collect(table: Dataset, folder: Path, image_column: str, caption_column: str
         except ValueError as reason:
             dropped[str(reason)] += 1
             continue
-        rows[key] = {"image": image, "captions": captions, "image_id": key, "row": number}
+        # the image itself stays on disk: memory does not grow with the size of the images
+        rows[key] = {
+            "path": image["path"],
+            "hash": content_hash(image),
+            "captions": captions,
+            "image_id": key,
+            "row": number,
+        }
         modes[mode] += 1
         sides += size
     return list(rows.values()), dropped, modes, sides
@@ -217,7 +231,7 @@ def read_pairs(
         pairs = table.select([row["row"] for row in rows]).select_columns(image_column)
         pairs = pairs if image_column == "image" else pairs.rename_column(image_column, "image")
     else:
-        pairs = Dataset.from_dict({"image": [row["image"]["path"] for row in rows]}).cast_column("image", Image())
+        pairs = Dataset.from_dict({"image": [row["path"] for row in rows]}).cast_column("image", Image())
     for column in ("captions", "image_id"):
         pairs = pairs.add_column(column, [row[column] for row in rows])
     return pairs, card
@@ -229,6 +243,69 @@ def load_pairs(path: str, split: str, max_images: int | None = None, **columns) 
     if card.dropped:
         print(card)
     return dataset if max_images is None else dataset.select(range(min(max_images, len(dataset))))
+
+
+class PairStream:
+    """The pairs of a source one after the other, `{image, captions, image_id}`, never all on disk. Rows of one image are put together if
+    they follow one another. What cannot be used is counted in `dropped`.
+
+    Args:
+        path: a Hub id, or a local folder of parquet files or images.
+        max_images: end after so many.
+    """
+
+    def __init__(self, path: str, split: str, max_images: int | None = None, image_column=None, caption_column=None):
+        self.path, self.split, self.max_images = str(path), split, max_images
+        self.table = load_dataset(self.path, split=split, streaming=True)
+        columns = self.table.column_names or list(next(iter(self.table), {}))
+        self.image_column = find_column(columns, image_column, IMAGE_COLUMNS, "image")
+        self.caption_column = find_column(columns, caption_column, CAPTION_COLUMNS, "caption")
+        self.id_column = next((name for name in ID_COLUMNS if name in columns and name != self.image_column), None)
+        self.dropped = Counter()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of where the pairs come from: the images themselves cannot be known before they are read."""
+        source = self.path if not Path(self.path).exists() else str(Path(self.path).resolve())
+        return f"stream of {source}, {self.split}, {self.max_images}, {self.image_column}, {self.caption_column}"
+
+    def rows(self) -> Iterator[dict]:
+        """One row an image, unless another image stands between its rows."""
+        table = self.table.cast_column(self.image_column, Image(decode=False))
+        pending = None
+        for number, row in enumerate(table):
+            captions = clean_captions(row[self.caption_column])
+            if not captions:
+                self.dropped["no caption"] += 1
+                continue
+            try:
+                image, _, _ = image_header(row[self.image_column], Path(self.path))
+            except ValueError as reason:
+                self.dropped[str(reason)] += 1
+                continue
+            key = str(row[self.id_column]) if self.id_column else image["path"] or str(number)
+            if pending and pending["image_id"] == key:
+                pending["captions"] += captions
+                continue
+            if pending:
+                yield pending
+            pending = {"image": image, "captions": captions, "image_id": key}
+        if pending:
+            yield pending
+
+    def __iter__(self) -> Iterator[dict]:
+        self.dropped.clear()
+        for number, row in enumerate(self.rows()):
+            if number == self.max_images:
+                return
+            image = row["image"]
+            opened = PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
+            yield row | {"image": opened}
+        if self.dropped:
+            print(f"{self.path} ({self.split}): dropped {dict(self.dropped)}")
+
+    def __repr__(self):
+        return f"{self.path} ({self.split}, streamed)"
 
 
 def main():

@@ -33,10 +33,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.modeling_blip_rbm import pool_tokens, vision_tokens
 from training.arguments import CaptionerArguments, DataArguments, parse_arguments
-from training.checkpoints import save_captioner, write_json
+from training.checkpoints import peak_memory_mb, refuse_other_output, save_captioner, write_json
 from training.data import random_view, split_held_back
 from training.evaluate_captions import caption_rows
-from training.features import cache_features
+from training.features import load_features
 from training.metrics import CiderD, corpus_diversity
 from training.pairs import load_pairs
 
@@ -169,8 +169,23 @@ def last_share(parameters: list[torch.nn.Parameter], share: float) -> list[torch
     return kept
 
 
+def add_lora(model, rank: int) -> list[torch.nn.Parameter]:
+    """Low-rank changes of the decoder's queries and values (Hu et al., ICLR 2022), all else frozen. `plain_model` merges them."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ImportError("--parts lora needs peft: pip install peft, or pip install 'blip-rbm[lora]'") from None
+    model.requires_grad_(False)
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"]), model.text_decoder
+    )
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def trained_parts(model, captioner: CaptionerArguments) -> list[torch.nn.Parameter]:
-    """The parameters that are trained, all others frozen. Puts the adapter in its place if it is asked for."""
+    """The parameters that are trained, all others frozen. Puts adapters in their places if they are asked for."""
+    if captioner.parts == "lora":
+        return add_lora(model, captioner.lora_rank)
     if captioner.parts == "adapter":
         model.rbm_layer = MLPAdapter(model.rbm_layer, model.config.text_config.encoder_hidden_size)
     layer = model.rbm_layer
@@ -445,8 +460,14 @@ class AverageWeights(TrainerCallback):
 
 
 def plain_model(model):
-    """The same model as the class that users load."""
-    model = copy.copy(model)
+    """The same model as the class that users load, low-rank changes merged into the weights that they change."""
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "get_base_layer")]
+    model = copy.deepcopy(model) if adapted else copy.copy(model)
+    for name in adapted:
+        layer = model.get_submodule(name)
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
     model.__class__ = BlipRBMForConditionalGeneration
     return model
 
@@ -466,7 +487,7 @@ def unigram_bias(token_ids: list[int], vocab_size: int, least: float = 0.01) -> 
 
 def load_captioner(captioner: CaptionerArguments) -> PackedCaptioner:
     """The model to go on from; to train refine or its like, with as many cause tokens as asked for."""
-    if captioner.parts == "captioner":
+    if captioner.parts in ("captioner", "lora"):
         return PackedCaptioner.from_pretrained(captioner.model)
     config = BlipRBMConfig.from_pretrained(captioner.model)
     config.rbm_cause_tokens = captioner.cause_tokens
@@ -485,6 +506,7 @@ def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerA
         {
             "went_on_from": json.loads(earlier.read_text()) if earlier else None,
             "minutes": minutes,
+            "peak_memory_mb": peak_memory_mb(),
             "active_vocabulary": len(trainer.model.active),
             "held_back": history,
             **settings,
@@ -496,6 +518,7 @@ def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerA
 
 def main():
     data, captioner, args = parse_arguments(DataArguments, CaptionerArguments, TrainingArguments)
+    refuse_other_output(args.output_dir, "captioner.json", "checkpoint-*", "best")
     args.remove_unused_columns = False
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(captioner.model)
@@ -515,15 +538,12 @@ def main():
         raise ValueError(
             "--samples and --tower_learning_rate exclude each other: captions are sampled from cached features"
         )
-    dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
     if captioner.tower_learning_rate:
+        dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
         images = Images(dataset, processor.image_processor)
     else:
-        cache = (data.cache_dir, data.views)
         with args.main_process_first(desc="encode"):
-            store = cache_features(
-                model.vision_model, processor.image_processor, dataset, *cache, dtype=data.encode_dtype
-            )
+            dataset, store = load_features(data, model.vision_model, processor.image_processor)
         images = CachedViews(store)
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"][:]

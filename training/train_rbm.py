@@ -11,7 +11,10 @@ is started again. What is kept is the epoch with the best retrieval on held-back
 """
 
 import json
+import os
+import shutil
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -19,30 +22,30 @@ from typing import Optional
 import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
+from torch.distributed.nn.functional import all_gather
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.modeling_blip_rbm import pool_tokens
 from modeling_blip_rbm.rbm import (
     GibbsState,
     bernoulli,
     free_energy,
     gibbs,
     hidden_input,
-    pointwise_mutual_information,
+    pairwise_mutual_information,
     prob_h_given_v,
     word_gains,
 )
 from training.arguments import DataArguments, parse_arguments
-from training.checkpoints import save_captioner, write_json
-from training.data import caption_words, split_held_back
+from training.checkpoints import peak_memory_mb, refuse_other_output, save_captioner, write_json
+from training.data import CaptionWords, caption_words, split_held_back
 from training.evaluate_rbm import evaluate_rbm, free_energy_gap, log_likelihood
-from training.features import cache_features
-from training.pairs import load_pairs
+from training.features import load_features
 
 
 matplotlib.use("Agg")
@@ -70,7 +73,7 @@ class RBMArguments:
         default=None, metadata={"help": "of image tokens: mean, cls_mean or mean_max; default: the model's"}
     )
     epochs: int = field(default=100, metadata={"help": "an epoch shows each image once, with one of its captions"})
-    batch_size: int = field(default=256, metadata={"help": "images a step and process"})
+    batch_size: int = field(default=256, metadata={"help": "images a step, over all processes"})
     learning_rate: float = field(default=1e-3, metadata={"help": "warmed up for one epoch, then cosine"})
     optimizer: str = field(default="adamw", metadata={"help": "adamw or sgd", "choices": ["adamw", "sgd"]})
     momentum: float = field(default=0.9, metadata={"help": "of sgd"})
@@ -95,7 +98,7 @@ class RBMArguments:
     seed: int = field(default=0, metadata={"help": "of everything random"})
 
 
-def choose_words(tokenizer, captions: list[list[str]], num_words: int) -> list[int]:
+def choose_words(tokenizer, captions: Iterable[list[str]], num_words: int) -> list[int]:
     """Token ids of the most frequent content words (whole word-pieces, letters only), ascending."""
     counts = torch.zeros(len(tokenizer), dtype=torch.long)
     for of_image in captions:
@@ -108,37 +111,75 @@ def choose_words(tokenizer, captions: list[list[str]], num_words: int) -> list[i
 
 
 class PooledPairs(torch.utils.data.Dataset):
-    """An image in a random view, pooled, and the words of one of its captions."""
+    """Images in a random view, pooled, the words of one of their captions, and the random numbers of a step.
 
-    def __init__(self, pooled: torch.Tensor, words: list[torch.Tensor]):
-        self.pooled, self.words = pooled, words  # (n, views, V); of each image (captions, K)
+    All chance is drawn from (seed, epoch, image): a step is the same in whatever process its images are, and after a stop.
+
+    Args:
+        store: `FeatureStore` of pooled images. rows: its rows that belong to the set. words: of all its rows.
+    """
+
+    def __init__(self, store, rows, words: CaptionWords, seed: int = 0):
+        self.store, self.rows, self.words, self.seed, self.epoch = store, np.asarray(rows), words, seed, 0
 
     def __len__(self):
-        return len(self.pooled)
+        return len(self.rows)
 
-    def __getitem__(self, index):
-        words = self.words[index]
-        view, caption = torch.randint(self.pooled.shape[1], ()), torch.randint(len(words), ())
-        return self.pooled[index, view], words[caption].float()
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __getitems__(self, indices) -> dict[str, torch.Tensor]:
+        """A whole batch: pooled (B, V), w (B, K), noise (B, 1 + V + K) uniform in [0, 1)."""
+        rows = self.rows[np.asarray(indices)]
+        size = 3 + self.store.shape[-1] + self.words.matrix.shape[1]
+        chance = np.stack(
+            [np.random.default_rng([self.seed, self.epoch, row]).random(size, np.float32) for row in rows]
+        )
+        views = (chance[:, 0] * self.store.num_views).astype(np.int64)
+        return {
+            "pooled": self.store.batch(rows, views),
+            "w": self.words.choose(rows, chance[:, 1]),
+            "noise": torch.from_numpy(chance[:, 2:]),
+        }
 
 
-def words_loss(p, a_image, w):
+def whole_batch(batch: dict) -> dict:  # what `PooledPairs` gives is collated already
+    return batch
+
+
+def words_loss(p, a_image, w, noise):
     """-log P(w_k | x, some of the other words), mean over captions (nats per caption): what guide relies on.
 
-    A random share of the words is shown; each hidden word's conditional is sigmoid(b_k + gain_k), which is exact for the
+    A random share of the words is shown, as noise (B, 1 + K), uniform in [0, 1), says; each hidden word's conditional is sigmoid(b_k + gain_k), which is exact for the
     RBM (gains to second order, for speed: `benchmarks/guidance.py` measures the difference).
     """
-    shown = w * (torch.rand_like(w) < torch.rand_like(w[:, :1])).float()
+    shown = w * (noise[:, 1:] < noise[:, :1]).float()
     logits = p.b + word_gains(p, a_image + shown @ p.U, order="second")
     loss = F.binary_cross_entropy_with_logits(logits, w, reduction="none")
     return (loss * (1 - shown)).sum(-1).mean()
 
 
+def from_all_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensors (B, ...) of all processes, one after the other; gradients go back to where each came from."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
 def match_loss(p, a_image, w):
-    """InfoNCE over s_ij = PMI(w_j; x_i), both ways (BLIP's ITC with the RBM as the similarity), in nats."""
-    scores = pointwise_mutual_information(p, a_image[:, None], w[None])  # (B, B)
-    target = torch.arange(len(scores), device=scores.device)
-    return 0.5 * (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))
+    """InfoNCE over s_ij = PMI(w_j; x_i), both ways (BLIP's ITC with the RBM as the similarity), in nats.
+
+    Under several processes the images and captions of all of them are each other's negatives, as if they were one batch.
+    """
+    all_images, all_words = from_all_processes(a_image), from_all_processes(w)
+    to_words = pairwise_mutual_information(p, a_image, all_words)  # (b, B)
+    if len(all_images) == len(a_image):
+        to_images = to_words.T
+    else:
+        to_images = pairwise_mutual_information(p, all_images, w).T
+    first = 0 if len(all_images) == len(a_image) else dist.get_rank() * len(a_image)
+    target = torch.arange(first, first + len(a_image), device=w.device)
+    return 0.5 * (F.cross_entropy(to_words, target) + F.cross_entropy(to_images, target))
 
 
 def cd_loss(p, x, w, steps, clamp_image, chains=None):
@@ -166,13 +207,13 @@ def sparsity_loss(a, target: float):
 class RBMObjective(torch.nn.Module):
     """The loss as a module, so that every process and precision that Accelerate knows can run it."""
 
-    def __init__(self, rbm, settings: RBMArguments):
+    def __init__(self, rbm, settings: RBMArguments, processes: int = 1):
         super().__init__()
         if settings.cd_persistent and settings.cd_clamp_image:
             raise ValueError("cd_persistent and cd_clamp_image exclude each other: a chain has one image, a batch many")
         self.rbm, self.settings = rbm, settings
         if settings.cd and settings.cd_persistent:  # buffers: saved and resumed with the rest
-            n = settings.batch_size
+            n = settings.batch_size // processes
             self.register_buffer("chain_h", torch.full((n, rbm.hidden_size), 0.5).bernoulli())
             self.register_buffer("chain_x", torch.randn(n, rbm.visible_size))
             self.register_buffer("chain_w", torch.sigmoid(rbm.word_bias.detach()).expand(n, -1).bernoulli())
@@ -185,27 +226,29 @@ class RBMObjective(torch.nn.Module):
         self.chain_h, self.chain_x, self.chain_w = chains
         return loss
 
-    def forward(self, pooled, w):
+    def forward(self, pooled, w, noise):
+        """The loss and its terms, for a batch of `PooledPairs`."""
         p, settings = self.rbm.parameters_fp32, self.settings
         full = self.rbm.standardise(pooled)
-        x = full * (torch.rand_like(full) >= settings.image_dropout).float()
+        for_words, for_image = noise.split([1 + w.shape[1], pooled.shape[1]], dim=1)
+        x = full * (for_image >= settings.image_dropout).float()
         a = hidden_input(p, x)
         terms = {}
         if settings.words:
-            terms["words"] = words_loss(p, a, w)
+            terms["words"] = words_loss(p, a, w, for_words)
         if settings.match:
             terms["match"] = match_loss(p, a, w)
         if settings.cd:
             terms["cd"] = self.cd_term(p, full, w)
         loss = sum(getattr(settings, name) * term for name, term in terms.items())
         if settings.sparsity_target is not None:
-            terms["sparsity"] = sparsity_loss(a + w @ p.U, settings.sparsity_target)
+            terms["sparsity"] = sparsity_loss(from_all_processes(a + w @ p.U), settings.sparsity_target)
             loss = loss + settings.sparsity_cost * terms["sparsity"]
         return loss, terms
 
 
-def with_new_rbm(model, word_ids, settings: RBMArguments, pooled, word_share):
-    """The same captioner with a fresh RBM over these words, standardised by these pooled images (n, V)."""
+def with_new_rbm(model, word_ids, settings: RBMArguments, pooled: Iterable[torch.Tensor], word_share):
+    """The same captioner with a fresh RBM over these words, standardised by these pooled images, (n, V) at a time."""
     config = BlipRBMConfig.from_dict(
         model.config.to_dict()
         | {"rbm_word_ids": word_ids, "rbm_hidden_size": settings.hidden_size}
@@ -223,17 +266,18 @@ def with_new_rbm(model, word_ids, settings: RBMArguments, pooled, word_share):
     return fresh
 
 
-def pool_store(store, rows, pooling: str) -> torch.Tensor:
-    """(rows, views, V) fp32."""
-    pooled = [pool_tokens(torch.from_numpy(np.array(store[row])).float(), pooling) for row in tqdm(rows, desc="pool")]
-    return torch.stack(pooled)
+def in_pieces(store, rows, size: int = 4096) -> Iterator[torch.Tensor]:
+    """All views of these rows of a `FeatureStore` of pooled images, (n, V) at a time."""
+    for start in range(0, len(rows), size):
+        for view in range(store.num_views):
+            yield store.batch(rows[start : start + size], view)
 
 
 def train_epoch(accelerator, objective, optimizer, loader, schedule=None) -> dict[str, float]:
-    """One pass over the pairs; the mean of each term of the loss."""
+    """One pass over the pairs; the mean of each term of the loss, over all processes."""
     sums = {}
-    for pooled, w in loader:
-        loss, terms = objective(pooled, w)
+    for batch in loader:
+        loss, terms = objective(**batch)
         optimizer.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(objective.parameters(), 10.0)
@@ -241,39 +285,89 @@ def train_epoch(accelerator, objective, optimizer, loader, schedule=None) -> dic
         if schedule is not None:
             schedule.step()
         for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + term.item() / len(loader)
+            sums[name] = sums.get(name, 0.0) + accelerator.reduce(term.detach(), "mean").item() / len(loader)
     return sums
 
 
-def train(accelerator, model, train_set, held_back, settings: RBMArguments):
-    """Train; what is measured goes to `log.jsonl`, the best machine to `best.pt` and, at the end, into `model`."""
-    rbm = model.rbm_layer.rbm
-    seen = (train_set.pooled[: len(held_back[0]), 0], train_set.words[: len(held_back[0])])
-    objective = RBMObjective(rbm, settings)
-    decay = [p for n, p in rbm.named_parameters() if n.endswith("_weight")]
-    rest = [p for n, p in rbm.named_parameters() if not n.endswith("_weight")]
+def prepared(accelerator, objective, train_set, settings: RBMArguments):
+    """Objective, optimizer, loader and schedule, in the accelerator's hands."""
+    if settings.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"--batch_size is {settings.batch_size}, the images of a step over all {accelerator.num_processes} processes: it must be a "
+            "multiple of their number"
+        )
+    decay = [p for n, p in objective.named_parameters() if n.endswith("_weight")]
+    rest = [p for n, p in objective.named_parameters() if not n.endswith("_weight")]
     groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     if settings.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
     else:
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
-    loader = torch.utils.data.DataLoader(train_set, settings.batch_size, shuffle=True)
+    loader = torch.utils.data.DataLoader(
+        train_set,
+        settings.batch_size,
+        shuffle=True,
+        collate_fn=whole_batch,
+        drop_last=len(train_set) >= settings.batch_size,  # so that all processes have as many images
+    )
     objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
     steps = settings.epochs * len(loader)
     schedule = get_cosine_schedule_with_warmup(optimizer.optimizer, len(loader), steps)
     accelerator.register_for_checkpointing(schedule)
+    return objective, optimizer, loader, schedule
+
+
+class Checkpoint:
+    """The state of a run and what was measured until then, in one folder that is whole or not there."""
+
+    def __init__(self, accelerator, folder: Path):
+        self.accelerator, self.folder, self.new = accelerator, folder, folder.with_name(folder.name + ".new")
+
+    def save(self, history: list[dict]):
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.new, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(self.new))
+        if self.accelerator.is_main_process:
+            write_json(self.new / "history.json", history)  # the last thing written: with it the folder is whole
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.new.rename(self.folder)
+
+    def load(self) -> list[dict]:
+        """What was measured until the last checkpoint, whose state is loaded; nothing if there is none."""
+        folder = next((f for f in (self.new, self.folder) if (f / "history.json").exists()), None)
+        if folder is None:
+            return []
+        self.accelerator.load_state(str(folder))
+        return json.loads((folder / "history.json").read_text())
+
+
+def write_log(history: list[dict], file: Path):
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in history))
+    temporary.replace(file)
+
+
+def train(accelerator, model, train_set: PooledPairs, held_back, settings: RBMArguments):
+    """Train; what is measured goes to `log.jsonl`, the best machine to `best.pt` and, at the end, into `model`."""
+    rbm = model.rbm_layer.rbm
+    some = train_set.rows[: len(held_back[0])]
+    seen = (train_set.store.batch(some), [train_set.words[i] for i in some])
+    objective = RBMObjective(rbm, settings, accelerator.num_processes)
+    objective, optimizer, loader, schedule = prepared(accelerator, objective, train_set, settings)
     output_dir = Path(settings.output_dir)
-    state_dir, log_file, best_file = output_dir / "state", output_dir / "log.jsonl", output_dir / "best.pt"
-    history = [json.loads(line) for line in log_file.read_text().splitlines()] if state_dir.exists() else []
-    if history:
-        accelerator.load_state(str(state_dir))
-    else:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        log_file.write_text("")
+    log_file, best_file = output_dir / "log.jsonl", output_dir / "best.pt"
+    checkpoint = Checkpoint(accelerator, output_dir / "state")
+    history = checkpoint.load()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        write_log(history, log_file)
     done = history[-1]["epoch"] if history else 0
     bar = tqdm(range(done, settings.epochs), desc="train RBM", disable=not accelerator.is_main_process)
     for epoch in bar:
         objective.train()
+        train_set.set_epoch(epoch)
+        loader.set_epoch(epoch)
         sums = train_epoch(accelerator, objective, optimizer, loader, schedule)
         finite = all(torch.isfinite(parameter).all() for parameter in rbm.parameters())
         if not finite or not np.isfinite(list(sums.values())).all():
@@ -281,32 +375,28 @@ def train(accelerator, model, train_set, held_back, settings: RBMArguments):
                 f"training diverged in epoch {epoch + 1} (loss {sums}): lower --learning_rate; what was saved before is "
                 f"still in {output_dir}"
             )
-        if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs:
-            with_ais = settings.ais_every and ((epoch + 1) % settings.ais_every == 0 or epoch + 1 == settings.epochs)
-            entry = {"epoch": epoch + 1, **sums, **evaluate_rbm(rbm, *held_back)}
-            entry |= free_energy_gap(rbm, held_back, seen)
-            if with_ais:
-                entry |= log_likelihood(rbm, held_back, seen)
-            if entry["dead"] + entry["saturated"] > 0.5:
-                bar.write(
-                    f"epoch {epoch + 1}: the RBM has collapsed, {entry['dead']:.0%} of its hidden units are always off and "
-                    f"{entry['saturated']:.0%} always on; lower --learning_rate, or set --sparsity_target"
-                )
-            quality = entry["text_to_image_r10"] + entry["image_to_text_r10"]
-            best = max((e["text_to_image_r10"] + e["image_to_text_r10"] for e in history), default=-1.0)
-            history.append(entry)
-            accelerator.save_state(str(state_dir))
-            if accelerator.is_main_process:
-                with log_file.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
-                if quality > best:
-                    torch.save(rbm.state_dict(), best_file.with_suffix(".tmp"))
-                    best_file.with_suffix(".tmp").replace(best_file)
-                plot_curves(history, output_dir / "curves.png")
-            bar.set_postfix({name: f"{entry[name]:.2f}" for name in (*sums, "text_to_image_r10", "word_ap")})
-            if settings.patience is not None and evaluations_since_best(history) >= settings.patience:
-                bar.write(f"epoch {epoch + 1}: no better for {settings.patience} evaluations, stopped")
-                break
+        if (epoch + 1) % settings.eval_every and epoch + 1 != settings.epochs:
+            continue
+        entry = {"epoch": epoch + 1, **sums, **evaluate_rbm(rbm, *held_back)} | free_energy_gap(rbm, held_back, seen)
+        if settings.ais_every and ((epoch + 1) % settings.ais_every == 0 or epoch + 1 == settings.epochs):
+            entry |= log_likelihood(rbm, held_back, seen)
+        if entry["dead"] + entry["saturated"] > 0.5:
+            bar.write(
+                f"epoch {epoch + 1}: the RBM has collapsed, {entry['dead']:.0%} of its hidden units are always off and "
+                f"{entry['saturated']:.0%} always on; lower --learning_rate, or set --sparsity_target"
+            )
+        history.append(entry)
+        if accelerator.is_main_process:
+            if evaluations_since_best(history) == 0:
+                torch.save(rbm.state_dict(), best_file.with_suffix(".tmp"))
+                best_file.with_suffix(".tmp").replace(best_file)
+            write_log(history, log_file)
+            plot_curves(history, output_dir / "curves.png")
+        checkpoint.save(history)
+        bar.set_postfix({name: f"{entry[name]:.2f}" for name in (*sums, "text_to_image_r10", "word_ap")})
+        if settings.patience is not None and evaluations_since_best(history) >= settings.patience:
+            bar.write(f"epoch {epoch + 1}: no better for {settings.patience} evaluations, stopped")
+            break
     accelerator.wait_for_everyone()
     rbm.load_state_dict(torch.load(best_file, weights_only=True))
     return history
@@ -343,35 +433,47 @@ def plot_curves(history: list[dict], path: Path):
     path.with_suffix(".tmp.png").replace(path)
 
 
+def new_accelerator(settings: RBMArguments) -> Accelerator:
+    """One batch split over the processes, in an order that seed and epoch alone decide."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Accelerator(
+        cpu=several and not torch.cuda.is_available(),  # not said, each process takes itself for the only one
+        dataloader_config=DataLoaderConfiguration(
+            split_batches=True, use_seedable_sampler=True, data_seed=settings.seed
+        ),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False)
+        ],  # persistent chains are each process's own
+    )
+
+
 def main():
     data, settings = parse_arguments(DataArguments, RBMArguments)
-    # every process has persistent chains of its own
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    refuse_other_output(settings.output_dir, "rbm.json", "log.jsonl")
+    accelerator = new_accelerator(settings)
     set_seed(settings.seed)
     processor = BlipRBMProcessor.from_pretrained(settings.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(settings.model)
-    dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
-    cache = (data.cache_dir, data.views)
+    pooling = settings.pooling or model.config.rbm_pooling
+    start = time.time()
     with accelerator.main_process_first():
-        store = cache_features(model.vision_model, processor.image_processor, dataset, *cache, dtype=data.encode_dtype)
+        dataset, store = load_features(data, model.vision_model, processor.image_processor, pooling=pooling)
+    encoded = time.time()
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"]
-    word_ids = choose_words(processor.tokenizer, [captions[i] for i in train_rows], settings.num_words)
+    word_ids = choose_words(processor.tokenizer, (captions[i] for i in train_rows.tolist()), settings.num_words)
     words = caption_words(processor.tokenizer, captions, word_ids)
-    pooled = pool_store(store, range(len(dataset)), settings.pooling or model.config.rbm_pooling)
-    word_share = torch.cat([words[i] for i in train_rows]).float().mean(0)
-    model = with_new_rbm(model, word_ids, settings, pooled[train_rows].flatten(0, 1), word_share)
-    held_back = (pooled[held_rows, 0], [words[i] for i in held_rows])
-    train_set = PooledPairs(pooled[train_rows], [words[i] for i in train_rows])
-    start = time.time()
-    history = train(accelerator, model, train_set, held_back, settings)
+    model = with_new_rbm(model, word_ids, settings, in_pieces(store, train_rows), words.share(train_rows))
+    held_back = (store.batch(held_rows), [words[i] for i in held_rows])
+    history = train(accelerator, model, PooledPairs(store, train_rows, words, settings.seed), held_back, settings)
     if accelerator.is_main_process:
         save_captioner(model, processor, Path(settings.output_dir) / "best")
-        minutes = (time.time() - start) / 60
         write_json(
             Path(settings.output_dir) / "rbm.json",
             {
-                "minutes": minutes,
+                "minutes": (time.time() - encoded) / 60,
+                "minutes_of_encoding": (encoded - start) / 60,
+                "peak_memory_mb": peak_memory_mb(),
                 "num_words": len(word_ids),
                 "held_back": history,
                 "rbm": asdict(settings),

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
@@ -27,14 +26,13 @@ from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.decoding_blip_rbm import caption_similarity, consensus, word_columns, words_said
 from modeling_blip_rbm.rbm import hidden_input, pointwise_mutual_information
 from training.arguments import DataArguments, parse_arguments
-from training.checkpoints import save_captioner, write_json
+from training.checkpoints import refuse_other_output, save_captioner, write_json
 from training.data import caption_words, split_held_back
 from training.evaluate_rbm import evaluate_rbm
-from training.features import cache_features
+from training.features import load_features
 from training.metrics import CiderD
-from training.pairs import load_pairs
 from training.train_captioner import GumbelNoise, caption_tokens
-from training.train_rbm import PooledPairs, RBMArguments, RBMObjective, pool_store, train_epoch
+from training.train_rbm import PooledPairs, RBMArguments, RBMObjective, new_accelerator, prepared, train_epoch
 
 
 @dataclass
@@ -112,8 +110,8 @@ class RerankObjective(torch.nn.Module):
     def weights(self):
         return self.log_weights.exp()
 
-    def forward(self, pooled, w):
-        loss, terms = self.own(pooled, w)
+    def forward(self, pooled, w, noise):
+        loss, terms = self.own(pooled, w, noise)
         rbm, images = self.own.rbm, self.candidate_images
         which = torch.randint(len(images), (len(pooled),))
         x = rbm.standardise(images[which, torch.randint(images.shape[1], which.shape)])
@@ -135,15 +133,15 @@ def evaluate(objective, held_candidates, held_back) -> dict[str, float]:
 
 def train(accelerator, objective, train_set, held_candidates, held_back, settings) -> list[dict]:
     """Train; the RBM of the epoch whose choices on held-back images were best stays in `objective`."""
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    loader = torch.utils.data.DataLoader(train_set, settings.batch_size, shuffle=True)
-    objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
+    objective, optimizer, loader, schedule = prepared(accelerator, objective, train_set, settings)
     plain = accelerator.unwrap_model(objective)
     history = [{"epoch": 0} | evaluate(plain, held_candidates, held_back)]
     best = {name: t.clone() for name, t in plain.state_dict().items()}
     bar = tqdm(range(settings.epochs), desc="train re-ranker", disable=not accelerator.is_main_process)
     for epoch in bar:
-        sums = train_epoch(accelerator, objective, optimizer, loader)
+        train_set.set_epoch(epoch)
+        loader.set_epoch(epoch)
+        sums = train_epoch(accelerator, objective, optimizer, loader, schedule)
         if not np.isfinite(list(sums.values())).all():
             raise FloatingPointError(f"training diverged in epoch {epoch + 1} ({sums}): lower --learning_rate")
         history.append({"epoch": epoch + 1, **sums, **evaluate(plain, held_candidates, held_back)})
@@ -156,7 +154,8 @@ def train(accelerator, objective, train_set, held_candidates, held_back, setting
 
 def main():
     data, args = parse_arguments(DataArguments, RerankerArguments)
-    accelerator = Accelerator()
+    refuse_other_output(args.output_dir, "reranker.json")
+    accelerator = new_accelerator(args)
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
@@ -167,17 +166,14 @@ def main():
             f"the writer has {sizes[1]} word-pieces, the model {sizes[0]}: their token ids differ; shrink the writer too "
             "(training.shrink_vocabulary, with the same data)"
         )
-    dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
-    cache = {"dataset": dataset, "cache_dir": data.cache_dir, "views": data.views, "dtype": data.encode_dtype}
-    store = cache_features(model.vision_model, processor.image_processor, **cache)
-    writer_store = cache_features(writer.vision_model, processor.image_processor, **cache)
+    pooling = model.config.rbm_pooling
+    dataset, store = load_features(data, model.vision_model, processor.image_processor, pooling=pooling)
+    writer_store = load_features(data, writer.vision_model, processor.image_processor)[1]
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"][:]
     tokens = {token for i in train_rows for ids in caption_tokens(processor, captions[i]) for token in ids[1:]}
     word_ids = model.config.rbm_word_ids
     words = caption_words(processor.tokenizer, captions, word_ids)
-    pooled = pool_store(store, range(len(dataset)), model.config.rbm_pooling)
-
     columns = word_columns(word_ids, model.config.text_config.vocab_size)
     active = torch.tensor(sorted(tokens))
     some_rows = train_rows[np.random.default_rng(args.seed).permutation(len(train_rows))[: args.writer_images]]
@@ -189,9 +185,10 @@ def main():
     )
     quality = {"training": candidates.summary(), "held_back": held_candidates.summary()}
     print(json.dumps(quality))
-    objective = RerankObjective(model.rbm_layer.rbm, candidates, pooled[some_rows], args)
-    train_set = PooledPairs(pooled[train_rows], [words[i] for i in train_rows])
-    held_back = (pooled[held_rows, 0], [words[i] for i in held_rows])
+    views = torch.stack([store.batch(some_rows, view) for view in range(store.num_views)], 1)
+    objective = RerankObjective(model.rbm_layer.rbm, candidates, views, args)
+    train_set = PooledPairs(store, train_rows, words, args.seed)
+    held_back = (store.batch(held_rows), [words[i] for i in held_rows])
     start = time.time()
     history = train(accelerator, objective, train_set, held_candidates, held_back, args)
     if accelerator.is_main_process:

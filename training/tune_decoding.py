@@ -146,21 +146,21 @@ def main():
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     config = model.config
     dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
-    cache = (data.cache_dir, data.views)
-    store = cache_features(model.vision_model, processor.image_processor, dataset, *cache, dtype=data.encode_dtype)
     train_rows, rows = split_held_back(dataset, data.held_back)
+    held_images = dataset.select(rows)
+    store = cache_features(model.vision_model, processor.image_processor, held_images, data.cache_dir)
     captions = dataset["captions"][:]
     tokens = [token for i in train_rows for ids in caption_tokens(processor, captions[i]) for token in ids[1:]]
     log_frequency = unigram_bias(tokens, config.text_config.vocab_size, least=5.0)
     model.generation_config.max_length = None  # max_new_tokens takes its place
     model.generation_config.num_beams, model.generation_config.max_new_tokens = args.num_beams, args.max_new_tokens
-    held_back = HeldBack(processor, store, rows, [captions[row] for row in rows])
+    held_back = HeldBack(processor, store, range(len(rows)), [captions[row] for row in rows])
     config.rbm_guidance_order, config.rbm_rerank_candidates = args.order, args.candidates
 
     plain = tune_plain(model, held_back, log_frequency, args)
     guide = [held_back.measure(model, rbm_guidance=beta, rbm_rerank=False) for beta in args.guidance]
     config.rbm_guidance = most_varied(guide, args.guide_tolerance)["rbm_guidance"]
-    outputs, parts = candidate_parts(model, processor, store, rows, args.candidates)
+    outputs, parts = candidate_parts(model, processor, store, range(len(rows)), args.candidates)
     cider = np.array([[held_back.scorer.score(i, text) for text in of_image] for i, of_image in enumerate(outputs)])
     chosen, tried = tune_rerank(parts, cider)
     rerank = {

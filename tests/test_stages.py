@@ -1,0 +1,174 @@
+"""The stages one after the other, on drawn images with a tiny tower and a tiny BERT."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from modeling_blip_rbm import BlipRBMForConditionalGeneration
+from tests.stages import COLOURS, in_process
+from training.pairs import load_pairs
+
+
+CAPTIONER = ["--per_device_train_batch_size", 4, "--dropout", 0, "--max_new_tokens", 9, "--eval_strategy", "steps"]
+
+
+@pytest.fixture(scope="module")
+def data(pairs, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("features")
+    return ["--dataset", pairs, "--held_back", 4, "--views", 2, "--cache_dir", cache]
+
+
+@pytest.fixture(scope="module")
+def work(pairs, towers, data, tmp_path_factory):
+    """A folder with a captioner, trained in two runs, the second of which went on from the first; and its RBM."""
+    folder = tmp_path_factory.mktemp("work")
+    build = ["--vision", towers / "vision", "--text", towers / "text", "--output_dir", "untrained"]
+    in_process("build_captioner", *build, cwd=folder)
+    train = ["--model", "untrained", *data, "--output_dir", "captioner", *CAPTIONER, "--eval_steps", 25]
+    train += ["--learning_rate", "1e-2", "--ema_decay", 0.8, "--save_strategy", "steps", "--save_steps", 25]
+    train += ["--label_smoothing", 0, "--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", 10]
+    in_process("train_captioner", *train, "--num_train_epochs", 5, cwd=folder)
+    in_process("train_captioner", *train, "--num_train_epochs", 50, cwd=folder)  # goes on from epoch 5
+    rbm = ["--model", "captioner/best", *data, "--output_dir", "rbm", "--num_words", 9, "--hidden_size", 7]
+    rbm += ["--batch_size", 5, "--eval_every", 5, "--cd", 0.01, "--cd_persistent", "--sparsity_target", 0.3]
+    in_process("train_rbm", *rbm, "--ais_every", 20, "--epochs", 10, cwd=folder)
+    in_process("train_rbm", *rbm, "--ais_every", 20, "--epochs", 40, cwd=folder)  # goes on from epoch 10
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(work, data):
+    tune = ["--model", "rbm/best", *data, "--output_dir", "tuned", "--candidates", 5, "--guidance", 0.0, 0.2]
+    in_process("tune_decoding", *tune, "--half", True, "--max_new_tokens", 9, cwd=work)
+    return work / "tuned"
+
+
+def test_captioner_goes_on_from_its_checkpoint(work):
+    assert (work / "captioner" / "checkpoint-25" / "ema.safetensors").exists()
+    history = json.loads((work / "captioner" / "captioner.json").read_text())["held_back"]
+    assert [entry["step"] for entry in history] == list(range(25, 251, 25))
+
+
+def test_minimum_risk(work, data):
+    risk = ["--model", "captioner/best", *data, "--output_dir", "risk", *CAPTIONER, "--eval_steps", 6]
+    risk += ["--samples", 3, "--unigram_bias", "false", "--full_vocabulary_share", 1, "--max_steps", 6]
+    out = in_process(
+        "train_captioner", *risk, "--logging_steps", 3, "--ema_decay", 0.5, "--learning_rate", 1e-4, cwd=work
+    )
+    assert "sampled_cider" in out and (work / "risk" / "best" / "config.json").exists()
+
+
+def test_rbm_learns_the_colours(work, data, pairs):
+    log = [json.loads(line) for line in (work / "rbm" / "log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == list(range(5, 41, 5))
+    assert log[-1]["word_ap"] > max(0.7, log[0]["word_ap"] - 0.1) and np.isfinite(log[-1]["cd"])
+    assert [np.isfinite(entry.get("log_likelihood", np.nan)) for entry in log] == [i in (1, 3, 7) for i in range(8)]
+    assert log[-1]["sparsity"] < log[0]["sparsity"] + 0.1 and np.isfinite(log[-1]["free_energy_gap"])
+    assert PILImage.open(work / "rbm" / "curves.png").size == (1200, 560)
+    knows = ["--model", "rbm/best", "--dataset", pairs, "--output", "knows.json", *data[-2:]]
+    in_process("evaluate_rbm", *knows, "--queries", *list(COLOURS)[:2], cwd=work)
+    knows = json.loads((work / "knows.json").read_text())
+    assert knows["per_word_ap"] > knows["per_word_ap_chance"] + 0.2 and (work / "knows.png").exists()
+
+
+@pytest.mark.parametrize("parts", ["refine", "adapter", "lora"])
+def test_a_part_is_trained_alone(work, data, parts):
+    refine = ["--model", "rbm/best", *data, "--output_dir", parts, "--parts", parts, "--cause_tokens", 2, *CAPTIONER]
+    refine += [
+        "--unigram_bias",
+        "false",
+        "--max_steps",
+        6,
+        "--learning_rate",
+        1e-2,
+        "--eval_steps",
+        6,
+        "--lora_rank",
+        3,
+    ]
+    out = in_process("train_captioner", *refine, "--ema_decay", 0.5, cwd=work)
+    assert f"training {parts}:" in out
+    if parts == "adapter":
+        return
+    before, after = (
+        BlipRBMForConditionalGeneration.from_pretrained(work / folder) for folder in ("rbm/best", f"{parts}/best")
+    )
+    own, new = before.state_dict(), after.state_dict()
+    changed = {name for name in own if not torch.equal(own[name], new[name])}
+    if parts == "refine":
+        assert after.rbm_layer.gate != 0 and after.config.rbm_cause_tokens == 2
+        assert changed == {"rbm_layer.gate", "rbm_layer.shift.weight"}
+    else:  # merged into the weights of the decoder's attention: the model has BLIP's parameters and no others
+        assert set(own) == set(new)
+        assert changed and all(name.rsplit(".", 2)[1] in ("query", "value") for name in changed)
+
+
+def test_reranker(work, data):
+    rerank = ["--model", "rbm/best", "--writer", "captioner/first", *data, "--output_dir", "reranker", "--epochs", 3]
+    rerank += ["--writer_images", 12, "--candidates", 4, "--batch_size", 5, "--max_new_tokens", 9]
+    in_process("train_reranker", *rerank, cwd=work)
+    report = json.loads((work / "reranker" / "reranker.json").read_text())
+    assert [entry["epoch"] for entry in report["held_back"]] == [0, 1, 2, 3]
+    assert report["candidates"]["training"]["oracle_cider"] >= report["candidates"]["training"]["sampled_cider"]
+
+
+def test_tower_is_trained_in_part(work, data):
+    tower = ["--model", "captioner/best", *data, "--output_dir", "tower", "--tower_learning_rate", 1e-3, *CAPTIONER]
+    tower += ["--max_steps", 4, "--tower_share", 0.5, "--unigram_bias", "false", "--ema_decay", 0.5, "--eval_steps", 4]
+    in_process("train_captioner", *tower, "--token_dropout", 0.1, cwd=work)
+    old, new = (
+        BlipRBMForConditionalGeneration.from_pretrained(work / folder / "best").vision_model.state_dict()
+        for folder in ("captioner", "tower")
+    )
+    changed = [not torch.equal(t, new[n]) for n, t in old.items()]
+    assert any(changed) and not all(changed)
+
+
+def test_tuned_and_evaluated(work, tuned, data, pairs):
+    saved = json.loads((tuned / "config.json").read_text())
+    assert saved["rbm_rerank"] and saved["rbm_guidance"] in (0.0, 0.2) and saved["dtype"] == "float32"
+    evaluate = ["--model", "tuned", "--dataset", pairs, "--output", "results.json", *data[-2:]]
+    in_process("evaluate_captions", *evaluate, "--ablation", True, "--pictures", "pictures", cwd=work)
+    results = json.loads((work / "results.json").read_text())
+    assert results["images"] == 8 and set(results["systems"]) == {"BLIP", "BLIP-RBM"}
+    alone = {name: system["CIDEr-D"] for name, system in results["ablation"].items()}
+    assert len(alone) == 11 and alone["5 guided beams: oracle"] >= alone["5 guided beams: re-rank"]
+    drawn = {file.stem for file in (work / "pictures").glob("*.png")}
+    assert drawn == {"random", "best", "worst", "difference", "attention-1", "attention-2", "attention-3"}
+    right = sum(list(COLOURS)[i % 4] in entry["BLIP-RBM"] for i, entry in enumerate(results["captions"]))
+    assert right >= 6, results["captions"]
+
+
+def test_confidence(work, tuned, data, pairs):
+    (work / "wrong").mkdir()  # a third of the captions are of another image: not every caption can be right
+    for split in ("train", "validation"):
+        rows = load_pairs(pairs, split)
+        captions = [rows[(i + 1) % len(rows) if i % 3 == 0 else i]["captions"] for i in range(len(rows))]
+        rows.remove_columns("captions").add_column("captions", captions).to_parquet(work / "wrong" / f"{split}.parquet")
+    command = ["--model", "tuned", "--dataset", "wrong", "--output", "confidence.json", "--held_back", 16]
+    in_process("evaluate_confidence", *command, "--kind_images", 3, *data[-2:], cwd=work)
+    confidence = json.loads((work / "confidence.json").read_text())
+    assert len(confidence["energy_auc"]) == 5 and (work / "confidence.png").exists()
+    weights = json.loads((tuned / "config.json").read_text())["rbm_confidence"]
+    assert weights == pytest.approx(list(confidence["weights"].values()))
+
+
+def test_diversity(work, tuned, data, pairs):
+    varied = ["--model", "tuned", "--dataset", pairs, "--output", "varied.json", *data[-2:], "--captions", 3]
+    in_process("evaluate_diversity", *varied, "--causes", 0.5, "--temperatures", 1.0, "--max_new_tokens", 9, cwd=work)
+    ways = json.loads((work / "varied.json").read_text())["ways"]
+    assert len(ways) == 4 and all(0 < e["div_2"] <= 1 for way in ways.values() for e in way.values())
+    assert (work / "varied.png").exists()
+
+
+@pytest.mark.parametrize("module", ["train_captioner", "train_rbm", "train_reranker"])
+def test_a_folder_that_holds_something_else_is_left_alone(work, data, module):
+    before = {file.name: file.stat().st_mtime_ns for file in (work / "untrained").iterdir()}
+    with pytest.raises(
+        ValueError, match="untrained holds a model that this stage did not write .* nothing was changed"
+    ):
+        in_process(module, "--model", "untrained", *data, "--output_dir", "untrained", cwd=work)
+    assert {file.name: file.stat().st_mtime_ns for file in (work / "untrained").iterdir()} == before
