@@ -61,6 +61,7 @@ def _files_of_the_package():  # never called: transformers copies along with a m
     from .rbm_estimator import RBM  # noqa: F401
     from .rbm_fast import FastContrastiveDivergence  # noqa: F401
     from .rbm_likelihood import log_prob  # noqa: F401
+    from .retrieval_blip_rbm import BlipRBMForImageTextRetrieval  # noqa: F401
 
 
 @dataclass
@@ -255,6 +256,19 @@ def _tower_output_shape(config) -> tuple[int, int]:
         return tuple(vision_tokens(tower(pixel_values=torch.zeros(1, channels, height, width))).shape[1:])
 
 
+def new_vision_tower(config) -> nn.Module:
+    """The tower of a config, without weights; writes the shape of its output into the config if it is not there."""
+    if not config.has_blip_tower:
+        if config.num_image_tokens is None or config.vision_hidden_size is None:
+            config.num_image_tokens, config.vision_hidden_size = _tower_output_shape(config)
+        return AutoModel.from_config(config.vision_config)
+    config.vision_config._attn_implementation = "eager"
+    tower = BlipVisionModel(config.vision_config)
+    for layer in tower.encoder.layers:
+        layer.self_attn = ImageSelfAttention(config.vision_config, config)
+    return tower
+
+
 class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMixin):
     """BLIP with an RBM between its vision encoder and its text decoder.
 
@@ -274,16 +288,10 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         # BlipForConditionalGeneration.__init__ would build BLIP's tower whatever the config says
         super(BlipForConditionalGeneration, self).__init__(config)
         config.text_config._attn_implementation = "eager"  # all that BLIP's own parts know; see ImageSelfAttention
+        self.vision_model = new_vision_tower(config)
         if config.has_blip_tower:
-            config.vision_config._attn_implementation = "eager"
-            self.vision_model = BlipVisionModel(config.vision_config)
-            for layer in self.vision_model.encoder.layers:
-                layer.self_attn = ImageSelfAttention(config.vision_config, config)
             self.projector = None
         else:
-            if config.num_image_tokens is None or config.vision_hidden_size is None:
-                config.num_image_tokens, config.vision_hidden_size = _tower_output_shape(config)
-            self.vision_model = AutoModel.from_config(config.vision_config)
             self.projector = VisionProjector(
                 config.num_image_tokens, config.vision_hidden_size, config.text_config.encoder_hidden_size
             )
@@ -429,6 +437,9 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         use_cache: Optional[bool] = None,
         output_attentions: Optional[bool] = None,
         output_hidden_states: Optional[bool] = None,
+        return_dict: Optional[
+            bool
+        ] = None,  # can_return_tuple heeds it; named here for exporters, which look at the signature
     ) -> BlipRBMOutput:
         """
         Args:

@@ -293,13 +293,22 @@ class PairwiseSoftplus(torch.autograd.Function):
         return max(1, 2**18 // max(1, m * hidden))  # of 1 MB in fp32: they stay in a processor's cache
 
 
-def pairwise_mutual_information(p: RBMParameters, a_image: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """`pointwise_mutual_information` of every image with every caption, (n, m) of a_image (n, H) and w (m, K), without (n, m, H) numbers in
-    memory."""
-    said = w @ p.U
+def pairwise_information(c: torch.Tensor, a_image: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+    """Pointwise mutual information (n, m) of every image with every text, by what each adds to the hidden units, without (n, m, H) numbers
+    in memory.
+
+    Args:
+        c (H,): hidden bias. a_image (n, H): `hidden_input` of the images. said (m, H): what the texts add to it, such as w U.
+    """
     sp = F.softplus
-    image_alone, words_alone = sp(a_image).sum(-1, keepdim=True), sp(p.c + said).sum(-1)
-    return PairwiseSoftplus.apply(a_image, said) - image_alone - words_alone + sp(p.c).sum()
+    return (
+        PairwiseSoftplus.apply(a_image, said) - sp(a_image).sum(-1, keepdim=True) - sp(c + said).sum(-1) + sp(c).sum()
+    )
+
+
+def pairwise_mutual_information(p: RBMParameters, a_image: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """`pointwise_mutual_information` of every image with every caption, (n, m) of a_image (n, H) and w (m, K)."""
+    return pairwise_information(p.c, a_image, w @ p.U)
 
 
 PARAMETER_NAMES = {  # of `JointRBM`, for the fields of `RBMParameters`

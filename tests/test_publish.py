@@ -52,9 +52,8 @@ class HubDouble(BaseHTTPRequestHandler):
     def do_POST(self):
         body, host = self.body, f"http://{self.headers['Host']}"
         if self.path == "/api/validate-yaml":
-            metadata = yaml.safe_load(json.loads(body)["content"].split("---")[1])
-            errors = [] if "model-index" in metadata else [{"message": "no model-index"}]
-            return self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
+            yaml.safe_load(json.loads(body)["content"].split("---")[1])
+            return self.answer({"errors": [], "warnings": []})
         if self.headers.get("Authorization") != "Bearer hf_test":
             return self.answer({"error": "no token"}, 401)
         if self.path == "/api/repos/create":
@@ -99,6 +98,8 @@ class HubDouble(BaseHTTPRequestHandler):
         self.answer()
 
     def do_GET(self):
+        if self.path == "/api/whoami-v2":
+            return self.answer({"type": "user", "name": "me", "auth": {"type": "access_token"}})
         self.answer({"error": self.path}, 404)  # such as a README.md that is not there yet
 
 
@@ -111,11 +112,23 @@ def hub():
     server.shutdown()
 
 
-def publish(*args, endpoint="http://127.0.0.1:9", token="hf_test"):
+def run(*command, endpoint="http://127.0.0.1:9", token="hf_test"):
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": token}
     environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "2", "PYTHONPATH": str(REPO)}
-    command = [sys.executable, "-W", "ignore", "-m", "training.publish", "--model", str(CHECKPOINT), *map(str, args)]
+    command = [sys.executable, "-W", "ignore", *map(str, command)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=REPO)
+
+
+def publish(*args, **kwargs):
+    return run("-m", "training.publish", "--model", CHECKPOINT, *args, **kwargs)
+
+
+def files_in(folder, files):
+    """The files {name: content} of a repo, as a client downloads them."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def test_publish_uploads_exactly_what_was_checked(hub, tmp_path):
@@ -132,11 +145,43 @@ def test_publish_uploads_exactly_what_was_checked(hub, tmp_path):
     files = repo["branches"]["v1"]
     assert files == {file.name: file.read_bytes() for file in (tmp_path / "x").iterdir()}
     assert {"config.json", "modeling_blip_rbm.py", "rbm.py", "README.md", "tokenizer.json"} <= set(files)
-    arrived = tmp_path / "arrived"
-    arrived.mkdir()
-    for name, content in files.items():
-        (arrived / name).write_bytes(content)
-    assert check(arrived)["class"] == "BlipRBMForConditionalGeneration"
+    assert "model-index" in files["README.md"].decode().split("---")[1]
+    assert check(files_in(tmp_path / "arrived", files))["class"] == "BlipRBMForConditionalGeneration"
+
+
+PUSH = """
+import sys
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from training.trainer import CaptionCollator, CaptionSeq2SeqTrainer
+from transformers import Seq2SeqTrainingArguments
+from tests.conftest import random_image
+
+folder, output = sys.argv[1:]
+model = BlipRBMForConditionalGeneration.from_pretrained(folder)
+processor = BlipRBMProcessor.from_pretrained(folder)
+rows = [{"image": random_image(seed=i), "captions": ["a red dog", "a dog runs"]} for i in range(4)]
+args = Seq2SeqTrainingArguments(
+    output, max_steps=1, per_device_train_batch_size=4, report_to="none", use_cpu=True, remove_unused_columns=False,
+    hub_model_id="me/by-trainer", save_strategy="no",
+)
+trainer = CaptionSeq2SeqTrainer(
+    model, args, train_dataset=rows, data_collator=CaptionCollator(processor), processing_class=processor
+)
+trainer.train()
+trainer.push_to_hub()
+model.push_to_hub("me/by-model")
+processor.push_to_hub("me/by-model")
+"""
+
+
+def test_push_to_hub_keeps_the_code(hub, saved_model, tmp_path):
+    """By the Trainer and by the model itself: what arrives loads in a clean process, as model and as pipeline."""
+    result = run("-c", PUSH, saved_model, tmp_path / "out", endpoint=hub)
+    assert result.returncode == 0, result.stderr[-3000:]
+    by_trainer, by_model = (HubDouble.repos[f"me/by-{name}"]["branches"]["main"] for name in ("trainer", "model"))
+    assert {"config.json", "modeling_blip_rbm.py", "pipeline_blip_rbm.py", "tokenizer.json"} <= set(by_model)
+    assert {name for name in by_model if name.endswith((".py", ".safetensors"))} <= set(by_trainer)
+    assert check(files_in(tmp_path / "arrived", by_trainer))["class"] == "BlipRBMForConditionalGeneration"
 
 
 def test_dry_run_uploads_nothing(tmp_path):

@@ -4,22 +4,20 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import (
-    Dinov2Config,
-    Dinov2Model,
-    TrainingArguments,
-)
+from transformers import Dinov2Config, Dinov2Model, Seq2SeqTrainingArguments, TrainingArguments
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
 from modeling_blip_rbm.rbm import hidden_input
-from tests.conftest import VOCABULARY, tiny_tokenizer
+from tests.conftest import VOCABULARY, random_image, tiny_tokenizer
 from tests.stages import in_process, process
 from training.average_captioners import average
 from training.checkpoints import save_captioner
 from training.data import CaptionWords, split_held_back
+from training.distributed import new_accelerator
 from training.evaluate_captions import caption_rows
 from training.evaluate_rbm import average_precision
+from training.metrics import CiderD
 from training.pairs import load_pairs
 from training.shrink_vocabulary import kept_tokens, shrink_captioner, shrink_tokenizer
 from training.train_captioner import (
@@ -39,11 +37,11 @@ from training.train_rbm import (
     choose_words,
     evaluations_since_best,
     match_loss,
-    new_accelerator,
     sparsity_loss,
     words_loss,
 )
 from training.train_rbm import train as train_rbm
+from training.trainer import CaptionCollator, CaptionSeq2SeqTrainer, caption_metrics
 
 
 def test_missing_columns_and_wrong_recipes_are_named(pairs, tmp_path):
@@ -230,12 +228,12 @@ def test_divergence_leaves_the_last_good_rbm(model, tmp_path):
     pairs, words = random_pairs(rbm)
     held_back = (torch.randn(7, rbm.visible_size), [words[i] for i in range(7)])
     settings = RBMArguments("x", str(tmp_path), epochs=2, batch_size=11, eval_every=1)
-    assert len(train_rbm(new_accelerator(settings), model, pairs, held_back, settings)) == 2
+    assert len(train_rbm(new_accelerator(settings.seed), model, pairs, held_back, settings)) == 2
     good = (tmp_path / "best.pt").read_bytes()
     settings = RBMArguments("x", str(tmp_path), epochs=5, batch_size=11, eval_every=1)
     pairs.store.features[5] = float("nan")
     with pytest.raises(FloatingPointError, match="diverged in epoch 3 .*lower --learning_rate"):
-        train_rbm(new_accelerator(settings), model, pairs, held_back, settings)
+        train_rbm(new_accelerator(settings.seed), model, pairs, held_back, settings)
     assert (tmp_path / "best.pt").read_bytes() == good
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
@@ -246,7 +244,11 @@ def test_collapse_is_said(model, tmp_path, capsys):
     rbm.hidden_bias.data.fill_(-60.0)
     settings = RBMArguments("x", str(tmp_path), epochs=1, batch_size=11, eval_every=1)
     history = train_rbm(
-        new_accelerator(settings), model, pairs, (pairs.store.features[:7, 0], [words[i] for i in range(7)]), settings
+        new_accelerator(settings.seed),
+        model,
+        pairs,
+        (pairs.store.features[:7, 0], [words[i] for i in range(7)]),
+        settings,
     )
     assert history[-1]["dead"] == 1.0
     assert "collapsed, 100% of its hidden units are always off" in capsys.readouterr().out
@@ -319,3 +321,53 @@ def test_captions_from_cached_features_are_those_from_pixels(model, processor, p
 
     cached = caption_rows(model, processor, Store(), range(5), batch_size=2, num_beams=3)
     assert cached == processor.captions(model.generate(pixel_values, num_beams=3))
+
+
+# ---------------------------------------------------------------- a user's own Trainer
+
+
+def test_trainer_writes_captions_from_the_image_alone(model, processor, tmp_path):
+    """Seq2SeqTrainer hands the right caption to `generate` as its prompt; ours does not, and rates what is said."""
+    rows = [
+        {"image": random_image(seed=i), "captions": [f"a {word} dog", f"the {word} dog runs"]}
+        for i, word in enumerate(("red", "blue", "black"))
+    ]
+    args = Seq2SeqTrainingArguments(
+        tmp_path, predict_with_generate=True, generation_max_length=7, generation_num_beams=1, report_to="none", use_cpu=True,
+        remove_unused_columns=False, per_device_eval_batch_size=2,
+    )  # fmt: skip
+    settings = {
+        "model": model,
+        "args": args,
+        "processing_class": processor,
+        "data_collator": CaptionCollator(processor, first=True),
+    }
+    metrics = caption_metrics(processor, [row["captions"] for row in rows])
+    trainer = CaptionSeq2SeqTrainer(**settings, compute_metrics=metrics)
+    said = processor.captions(torch.from_numpy(trainer.predict(rows).predictions))
+    pixel_values = processor(images=[row["image"] for row in rows])["pixel_values"]
+    assert said == processor.captions(model.generate(pixel_values, max_new_tokens=7, num_beams=1))
+    measured = trainer.evaluate(rows)
+    assert measured["eval_cider_d"] == pytest.approx(100 * CiderD([r["captions"] for r in rows]).scores(said).mean())
+    assert measured["eval_loss"] > 0 and measured["eval_vocabulary"] > 0
+
+
+def test_convert_blip(blip, processor, pixel_values, tmp_path):
+    blip.save_pretrained(tmp_path / "blip")
+    processor.image_processor.save_pretrained(tmp_path / "blip")
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None  # BLIP's tokenizers name none
+    tokenizer.save_pretrained(tmp_path / "blip")
+    out = in_process("convert_blip", "--blip", "blip", "--output_dir", "converted", cwd=tmp_path)
+    assert "says what blip says" in out
+    converted = BlipRBMForConditionalGeneration.from_pretrained(tmp_path / "converted")
+    again = BlipRBMProcessor.from_pretrained(tmp_path / "converted")
+    settings = {"num_beams": 3, "max_new_tokens": 9}
+    assert torch.equal(converted.generate(pixel_values, **settings), blip.generate(pixel_values, **settings)[:, :10])
+    assert again.tokenizer.bos_token == "[DEC]"
+
+
+@pytest.mark.slow
+def test_onnx_runtime_says_the_same(saved_model, tmp_path):
+    out = in_process("export_onnx", "--model", saved_model, "--output_dir", "onnx", cwd=tmp_path)
+    assert "ONNX Runtime says what PyTorch says" in out and (tmp_path / "onnx" / "decode.onnx").exists()

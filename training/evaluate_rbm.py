@@ -21,6 +21,7 @@ from training.checkpoints import write_json
 from training.data import caption_words
 from training.features import cache_features
 from training.pairs import load_pairs
+from training.retrieval import recalls
 
 
 matplotlib.use("Agg")
@@ -61,10 +62,6 @@ def evaluate_rbm(rbm, pooled: torch.Tensor, words: list[torch.Tensor]) -> dict[s
     owner = torch.tensor([i for i, of_image in enumerate(words) for _ in of_image])
     w = torch.cat([of_image.float() for of_image in words])
     scores = pairwise_mutual_information(p, a, w)  # (n, captions)
-    own = owner[None] == torch.arange(len(words))[:, None]
-    best_own = scores.masked_fill(~own, float("-inf")).max(1, keepdim=True).values
-    rank_of_caption = (scores.masked_fill(own, float("-inf")) > best_own).sum(1)
-    rank_of_image = (scores > scores[owner, torch.arange(len(owner))]).sum(0)
     target = torch.stack([of_image.any(0) for of_image in words])
     prob = torch.sigmoid(p.b + word_gains(p, a, order="second"))
     q = torch.sigmoid(a).mean(0)
@@ -74,9 +71,7 @@ def evaluate_rbm(rbm, pooled: torch.Tensor, words: list[torch.Tensor]) -> dict[s
         "per_word_ap": average_precision(prob.T[said], target.T[said]).mean().item(),
         "per_word_ap_chance": target[:, said].float().mean(0).mean().item(),
     }
-    for k in (1, 5, 10):
-        result[f"image_to_text_r{k}"] = 100 * (rank_of_caption < k).float().mean().item()
-        result[f"text_to_image_r{k}"] = 100 * (rank_of_image < k).float().mean().item()
+    result |= recalls(scores, owner)
     return result | {"dead": (q < 0.01).float().mean().item(), "saturated": (q > 0.99).float().mean().item()}
 
 

@@ -11,8 +11,6 @@ is started again. What is kept is the epoch with the best retrieval on held-back
 """
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -24,9 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
-from torch.distributed.nn.functional import all_gather
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -44,6 +40,7 @@ from modeling_blip_rbm.rbm import (
 from training.arguments import DataArguments, parse_arguments
 from training.checkpoints import peak_memory_mb, refuse_other_output, save_captioner, write_json
 from training.data import CaptionWords, caption_words, split_held_back
+from training.distributed import Checkpoint, from_all_processes, new_accelerator
 from training.evaluate_rbm import evaluate_rbm, free_energy_gap, log_likelihood
 from training.features import load_features
 
@@ -157,13 +154,6 @@ def words_loss(p, a_image, w, noise):
     logits = p.b + word_gains(p, a_image + shown @ p.U, order="second")
     loss = F.binary_cross_entropy_with_logits(logits, w, reduction="none")
     return (loss * (1 - shown)).sum(-1).mean()
-
-
-def from_all_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensors (B, ...) of all processes, one after the other; gradients go back to where each came from."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return tensor
-    return torch.cat(all_gather(tensor.contiguous()))
 
 
 def match_loss(p, a_image, w):
@@ -317,31 +307,6 @@ def prepared(accelerator, objective, train_set, settings: RBMArguments):
     return objective, optimizer, loader, schedule
 
 
-class Checkpoint:
-    """The state of a run and what was measured until then, in one folder that is whole or not there."""
-
-    def __init__(self, accelerator, folder: Path):
-        self.accelerator, self.folder, self.new = accelerator, folder, folder.with_name(folder.name + ".new")
-
-    def save(self, history: list[dict]):
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.new, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(self.new))
-        if self.accelerator.is_main_process:
-            write_json(self.new / "history.json", history)  # the last thing written: with it the folder is whole
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.new.rename(self.folder)
-
-    def load(self) -> list[dict]:
-        """What was measured until the last checkpoint, whose state is loaded; nothing if there is none."""
-        folder = next((f for f in (self.new, self.folder) if (f / "history.json").exists()), None)
-        if folder is None:
-            return []
-        self.accelerator.load_state(str(folder))
-        return json.loads((folder / "history.json").read_text())
-
-
 def write_log(history: list[dict], file: Path):
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(entry) + "\n" for entry in history))
@@ -433,24 +398,10 @@ def plot_curves(history: list[dict], path: Path):
     path.with_suffix(".tmp.png").replace(path)
 
 
-def new_accelerator(settings: RBMArguments) -> Accelerator:
-    """One batch split over the processes, in an order that seed and epoch alone decide."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return Accelerator(
-        cpu=several and not torch.cuda.is_available(),  # not said, each process takes itself for the only one
-        dataloader_config=DataLoaderConfiguration(
-            split_batches=True, use_seedable_sampler=True, data_seed=settings.seed
-        ),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False)
-        ],  # persistent chains are each process's own
-    )
-
-
 def main():
     data, settings = parse_arguments(DataArguments, RBMArguments)
     refuse_other_output(settings.output_dir, "rbm.json", "log.jsonl")
-    accelerator = new_accelerator(settings)
+    accelerator = new_accelerator(settings.seed)
     set_seed(settings.seed)
     processor = BlipRBMProcessor.from_pretrained(settings.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(settings.model)

@@ -28,11 +28,12 @@ from modeling_blip_rbm.rbm import hidden_input, pointwise_mutual_information
 from training.arguments import DataArguments, parse_arguments
 from training.checkpoints import refuse_other_output, save_captioner, write_json
 from training.data import caption_words, split_held_back
+from training.distributed import new_accelerator
 from training.evaluate_rbm import evaluate_rbm
 from training.features import load_features
 from training.metrics import CiderD
 from training.train_captioner import GumbelNoise, caption_tokens
-from training.train_rbm import PooledPairs, RBMArguments, RBMObjective, new_accelerator, prepared, train_epoch
+from training.train_rbm import PooledPairs, RBMArguments, RBMObjective, prepared, train_epoch
 
 
 @dataclass
@@ -155,7 +156,7 @@ def train(accelerator, objective, train_set, held_candidates, held_back, setting
 def main():
     data, args = parse_arguments(DataArguments, RerankerArguments)
     refuse_other_output(args.output_dir, "reranker.json")
-    accelerator = new_accelerator(args)
+    accelerator = new_accelerator(args.seed)
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()

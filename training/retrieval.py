@@ -1,0 +1,21 @@
+"""How well similarities find the captions of images, and the images of captions."""
+
+import torch
+
+
+def recalls(similarity: torch.Tensor, owner: torch.Tensor) -> dict[str, float]:
+    """R@1, 5, 10 (percent) and median rank (1 is best), image to text (its best caption) and text to image.
+
+    Args:
+        similarity (n, m) of n images and m captions. owner (m,): the image of each caption.
+    """
+    own = owner[None] == torch.arange(len(similarity))[:, None]
+    best_own = similarity.masked_fill(~own, float("-inf")).amax(1, keepdim=True)
+    rank_of_caption = (similarity.masked_fill(own, float("-inf")) > best_own).sum(1)
+    rank_of_image = (similarity > similarity[owner, torch.arange(len(owner))]).sum(0)
+    result = {}
+    for name, rank in (("image_to_text", rank_of_caption), ("text_to_image", rank_of_image)):
+        for k in (1, 5, 10):
+            result[f"{name}_r{k}"] = 100 * (rank < k).float().mean().item()
+        result[f"{name}_median_rank"] = 1 + rank.float().median().item()
+    return result
