@@ -130,7 +130,7 @@ def study(args) -> dict:
     """Of each encoder or layer: how its classes cluster, how they separate, and how well a linear probe aligns it."""
     settings = AlignArguments(
         vision=args.vision, text=args.text, dataset=args.dataset, output_dir="", kind="probe", cache_dir=args.cache_dir,
-        epochs=args.epochs, eval_every=args.epochs, seed=args.seed,
+        epochs=args.epochs, eval_every=args.epochs, seed=args.seed, held_back=args.held_back,
     )  # fmt: skip
     vision, text = load_encoders(settings)
     ids = load_pairs(args.dataset, args.train_split).select_columns(["image_id"])
@@ -207,6 +207,9 @@ def main():
     parser.add_argument("--split", default="validation")
     parser.add_argument("--classes", nargs="+", default=list(CLASSES), help="words that captions name")
     parser.add_argument("--epochs", type=int, default=15, help="of a probe of the study")
+    parser.add_argument(
+        "--held_back", type=int, default=400, help="training images that the study's probes are not trained on"
+    )
     parser.add_argument("--cache_dir", default="runs/features")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True, help="results, JSON; the study's picture stands beside it")

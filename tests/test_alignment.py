@@ -1,0 +1,238 @@
+"""Alignment: losses in pieces against whole ones, the stages on drawn images, retrieval and matching by energy, CapFilt."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import load_dataset
+from transformers import AutoModelForZeroShotImageClassification
+
+from modeling_blip_rbm import BlipRBMForImageTextRetrieval
+from modeling_blip_rbm.rbm import RBMParameters, pairwise_mutual_information, pointwise_mutual_information
+from tests.conftest import WORD_IDS
+from tests.stages import in_process
+from training.capfilt import shuffled
+from training.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces, sigmoid_loss
+from training.encoders import LayersOfTower, VisionEncoder
+from training.evaluate_alignment import SIMILARITIES, class_of_images
+from training.retrieval import recalls
+
+
+# ---------------------------------------------------------------- losses
+
+
+@pytest.fixture
+def batch():
+    """7 images, 1 to 3 texts each; embeddings, owners, scale and bias, in double precision."""
+    owner = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5, 6, 6])
+    image, text = (F.normalize(torch.randn(n, 5, dtype=torch.double), dim=-1).requires_grad_() for n in (7, 11))
+    scale, bias = (torch.tensor(x, dtype=torch.double, requires_grad=True) for x in (7.0, -2.0))
+    return image, text, torch.arange(7), owner, scale, bias
+
+
+def whole(kind, image, text, image_owner, text_owner, scale, bias):
+    if kind == "sigmoid":
+        return sigmoid_loss(image, text, image_owner, text_owner, scale, bias)
+    return info_nce(scale * image @ text.T + bias, image_owner, text_owner)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("kind", ["sigmoid", "infonce"])
+def test_losses_in_pieces_are_the_whole_ones(batch, kind, chunk):
+    inputs = [t for t in batch if t.requires_grad]
+    expected = whole(kind, *batch)
+    got = (sigmoid_in_pieces if kind == "sigmoid" else info_nce_in_pieces)(*batch, chunk)
+    torch.testing.assert_close(got, expected)
+    gradients = torch.autograd.grad(3 * expected, inputs, retain_graph=True)
+    for g, e in zip(torch.autograd.grad(3 * got, inputs, allow_unused=True), gradients):
+        torch.testing.assert_close(torch.zeros_like(e) if g is None else g, e)
+
+
+def test_an_images_other_texts_are_no_negatives(batch):
+    """By hand, from the definitions: whatever the texts of an image are like to one another changes nothing."""
+    image, text, image_owner, owner, scale, bias = batch
+    s = (scale * image @ text.T + bias).detach()
+    expected = 0.0
+    for k, i in enumerate(owner.tolist()):
+        others = [j for j in range(11) if owner[j] != i]
+        expected -= (s[i, k] - torch.logsumexp(torch.stack([s[i, k], *s[i, others]]), 0)) / 22
+        expected -= (s[i, k] - torch.logsumexp(s[:, k], 0)) / 22
+    torch.testing.assert_close(whole("infonce", *batch).detach(), expected)
+    signed = torch.where(owner == image_owner[:, None], s, -s)
+    torch.testing.assert_close(whole("sigmoid", *batch).detach(), -F.logsigmoid(signed).sum() / 7)
+
+
+def test_pairwise_information_is_the_pointwise_one():
+    """In both of its computations, with gradients; inputs of up to a hundred overflow an exponential."""
+    for size in (0.7, 30.0):
+        p = RBMParameters(c=torch.randn(13), U=size * torch.randn(17, 13), b=torch.randn(17))
+        p = RBMParameters(*(None if t is None else t.double().requires_grad_() for t in p))
+        a, w = torch.randn(5, 13, dtype=torch.double, requires_grad=True), torch.rand(7, 17).round().double()
+        expected = pointwise_mutual_information(p, a[:, None], w[None])
+        got = pairwise_mutual_information(p, a, w)
+        torch.testing.assert_close(got, expected)
+        weight = torch.randn(5, 7, dtype=torch.double)
+        gradients = [torch.autograd.grad((x * weight).sum(), (a, p.U, p.c)) for x in (got, expected)]
+        for g, e in zip(*gradients):
+            torch.testing.assert_close(g, e)
+
+
+def test_recalls_by_hand():
+    similarity = torch.tensor([[0.9, 0.1, 0.3, 0.2], [0.8, 0.2, 0.1, 0.9], [0.95, 0.3, 0.4, 0.1]])
+    measured = recalls(similarity, torch.tensor([0, 0, 1, 2]))  # image 0 has two captions, images 1 and 2 one each
+    assert measured["image_to_text_r1"] == pytest.approx(100 / 3)  # image 1's is last, image 2's has four better
+    assert measured["text_to_image_r1"] == 0.0 and measured["text_to_image_r5"] == 100.0
+    assert measured["text_to_image_median_rank"] == 3.0
+
+
+def test_similarities():
+    a, b = torch.randn(3, 5).numpy(), torch.randn(4, 5).numpy()
+    for name, like in SIMILARITIES.items():
+        matrix = like(np.concatenate([a, b]), a)
+        assert matrix.shape == (7, 3) and (matrix[:3].argmax(0) == np.arange(3)).all(), name
+    from scipy.stats import entropy
+
+    p, q = (torch.tensor(x, dtype=torch.double).div(0.05).softmax(-1).numpy() for x in (a, b))
+    assert SIMILARITIES["kullback_leibler"](a, b)[1, 2] == pytest.approx(-entropy(p[1], q[2]))
+
+
+def test_classes_are_what_captions_agree_on():
+    captions = [["a dog", "the dog runs", "an animal"], ["a dog", "a cat"], ["a dog and a horse", "a dog", "a dog"]]
+    assert class_of_images(captions, ["dog", "horse"]).tolist() == [0, -1, -1]
+
+
+# ---------------------------------------------------------------- stages
+
+
+def test_layers_of_a_tower(towers):
+    encoder = VisionEncoder(f"{towers}/vision@0,2")
+    pixels = torch.randn(3, 3, 28, 28)
+    states = encoder.tower.tower(pixels, output_hidden_states=True).hidden_states
+    tokens = encoder.tower(pixels).last_hidden_state
+    torch.testing.assert_close(tokens, torch.cat([states[0], states[2]], -1))
+    pooled = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], -1)  # each layer's columns are what it would give alone
+    alone = torch.cat([states[2][:, 0], states[2][:, 1:].mean(1)], -1)
+    torch.testing.assert_close(pooled[:, encoder.parts["vision@2"]], alone)
+    with pytest.raises(ValueError, match=r"layers are \[3\], but this tower has 0 \(embeddings\) to 2"):
+        LayersOfTower(encoder.tower.tower, [3])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("alignment")
+
+
+@pytest.fixture(scope="module")
+def aligned(pairs, towers, work):
+    common = ["--vision", towers / "vision", f"{towers}/vision@1", "--text", towers / "text", "--dataset", pairs]
+    common += [
+        "--held_back",
+        8,
+        "--cache_dir",
+        work / "features",
+        "--epochs",
+        40,
+        "--eval_every",
+        20,
+        "--batch_size",
+        8,
+    ]
+    common += ["--dim", 13, "--hidden_size", 23, "--num_words", 9, "--learning_rate", 1e-2, "--dropout", 0.1]
+    for kind, loss in (("probe", "infonce"), ("sail", "sigmoid"), ("rbm", "infonce")):
+        in_process("align", *common, "--kind", kind, "--loss", loss, "--output_dir", kind, cwd=work)
+    return work, common
+
+
+def test_alignment_learns_and_goes_on(aligned, pairs):
+    work, common = aligned
+    command = [
+        "--runs",
+        "probe",
+        "sail",
+        "rbm",
+        "--dataset",
+        pairs,
+        "--output",
+        "result.json",
+        "--classes",
+        *"red blue black".split(),
+    ]
+    out = in_process("evaluate_alignment", *command, "--cache_dir", work / "features", cwd=work)
+    runs = json.loads((work / "result.json").read_text())["runs"]
+    assert set(runs) == {"probe", "sail", "rbm", "together"} and "| sail |" in out
+    for name, entry in runs.items():  # 8 images of 4 colours: two of each cannot be told apart
+        assert entry["text_to_image_r5"] > 80 and entry["image_to_text_r5"] > 60, (name, entry)
+    assert runs["sail"]["zero_shot"]["accuracy"] >= 0.6 and set(runs["sail"]["similarities"]) == set(SIMILARITIES)
+    again = [*common, "--kind", "probe", "--output_dir", "probe", "--epochs", 60]
+    in_process("align", *again, cwd=work)
+    history = json.loads((work / "probe" / "align.json").read_text())["held_back"]
+    assert [entry["epoch"] for entry in history] == [20, 40, 60]
+
+
+def test_study_of_encoders(work, pairs, towers):
+    command = ["--study", "--vision", f"{towers}/vision@0,1,2", "--text", towers / "text", "--dataset", pairs]
+    command += ["--classes", "red", "blue", "black", "white", "--epochs", 3, "--output", "study.json"]
+    with pytest.raises(ValueError, match="held_back is 400"):
+        in_process("evaluate_alignment", *command, cwd=work)
+    in_process("evaluate_alignment", *command, "--held_back", 4, "--cache_dir", work / "features", cwd=work)
+    study = json.loads((work / "study.json").read_text())
+    assert set(study["encoders"]) == {"vision@0", "vision@1", "vision@2"}
+    assert all(0 <= entry["knn"] <= 1 and 0 <= entry["linear"] <= 1 for entry in study["encoders"].values())
+    assert set(study["correlation_with_alignment"]) == {"knn", "linear"} and (work / "study.png").exists()
+
+
+# ---------------------------------------------------------------- retrieval and matching by energy, CapFilt
+
+
+def test_retrieval_model_is_the_captioners_rbm(saved_model, model, processor, pixel_values):
+    for load in (BlipRBMForImageTextRetrieval, AutoModelForZeroShotImageClassification):
+        retrieval = load.from_pretrained(saved_model, trust_remote_code=True).eval()
+        assert isinstance(retrieval, BlipRBMForImageTextRetrieval) and not hasattr(retrieval, "text_decoder")
+    texts = processor(text=["a dog on the beach", "red ball", "two people"])
+    output = retrieval(pixel_values, **texts)
+    p = model.rbm_layer.rbm.parameters_fp32
+    w = torch.zeros(3, len(WORD_IDS))
+    for row, said in zip(w, (("dog", "beach"), ("red", "ball"), ())):
+        row[[processor.tokenizer.convert_ids_to_tokens(WORD_IDS).index(word) for word in said]] = 1
+    a = model.encode_image(pixel_values).hidden_input
+    expected = pointwise_mutual_information(p, a[:, None], w[None])
+    torch.testing.assert_close(output.logits_per_image, expected, rtol=1e-4, atol=1e-4)
+    assert output.match_probability is None and torch.equal(output.logits_per_text, output.logits_per_image.T)
+    torch.testing.assert_close(output.image_free_energy, model.image_free_energy(pixel_values))
+    with pytest.raises(ValueError, match="rbm_match is None: fit the matching head"):
+        retrieval.match_probability(expected)
+    retrieval.config.rbm_match = [0.3, 2.0]
+    torch.testing.assert_close(
+        retrieval(pixel_values, **texts).match_probability, torch.sigmoid(0.3 + 2 * expected), rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(ValueError, match="give either pixel_values or vision_hidden_states"):
+        retrieval(**texts)
+
+
+def test_shuffling_exchanges_the_share_that_is_asked_for():
+    captions = [[f"{i} {k}" for k in range(5)] for i in range(11)]
+    noisy, wrong = shuffled(captions, 0.4, seed=0)
+    assert sorted(itertools.chain(*noisy)) == sorted(itertools.chain(*captions))
+    moved = [[text.split()[0] != str(i) for text in of_image] for i, of_image in enumerate(noisy)]
+    assert (np.array(moved) == np.array(wrong)).all() and np.array(wrong).sum() == 22
+
+
+def test_capfilt(saved_model, pairs, tmp_path):
+    command = ["--model", saved_model, "--dataset", pairs, "--cache_dir", "features", "--held_back", 6, "--views", 1]
+    in_process(
+        "capfilt", *command, "--output_dir", "noisy", "--shuffle", 0.3, "--epochs", 60, "--batch_size", 6, cwd=tmp_path
+    )
+    report = json.loads((tmp_path / "noisy" / "capfilt.json").read_text())
+    # a quarter of the exchanged captions are of the same colour, and so not wrong
+    assert report["auc_of_wrong_captions"] > 0.6 and report["share_right_after"] > report["share_right_before"]
+    kept = load_dataset(str(tmp_path / "noisy"), data_files="train.parquet", split="train")
+    assert (
+        len(kept) == report["images_kept"]
+        and sum(map(len, kept["captions"])) == report["kept"] < report["captions"] == 54
+    )
+    in_process("capfilt", *command, "--output_dir", "filtered", "--synthetic", True, "--least", 0.4, cwd=tmp_path)
+    head = json.loads((saved_model / "config.json").read_text())["rbm_match"]
+    assert head == json.loads((tmp_path / "filtered" / "capfilt.json").read_text())["matching_head"]
