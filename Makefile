@@ -7,10 +7,12 @@ PIP_FLAGS ?=
 DATASET ?= ../shared/data/flickr8k
 VISION ?= ../shared/weights/efficientnet-lite2
 TEXT ?= ../shared/weights/all-minilm-l6-v2
+# Further frozen encoders of the alignment study; @ names layers.
+STUDY ?= ../shared/weights/dinov2-small@4,6,8,10,12 checkpoints/blip-rbm-small
 RUN = .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-min check report train tutorial evaluate bench bench-generate clean
+.PHONY: help align capfilt scale demo test test-slow test-min check report train tutorial evaluate bench bench-generate clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,10 +33,36 @@ demo: .venv/installed  ## install, then caption the photographs in examples/: ta
 	$(RUN) examples/demo.py
 
 test: .venv/installed  ## the tests (no network, nothing outside the repo)
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto
 
 test-slow: .venv/installed  ## the checks that take minutes
 	$(RUN) -m pytest -q -m slow
+
+align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, trained and compared (half an hour)
+	for kind in probe sail rbm; do \
+		.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.align training/recipes/align-$$kind.yaml \
+			--vision $(VISION) checkpoints/blip-rbm-small --text $(TEXT) --dataset $(DATASET) --output_dir runs/align-$$kind || exit 1; \
+	done
+	$(RUN) -m training.evaluate_alignment --runs runs/align-probe runs/align-sail runs/align-rbm --dataset $(DATASET) \
+		--output benchmarks/results/alignment.json
+	$(RUN) -m training.evaluate_alignment --study --vision $(VISION) $(STUDY) --text $(TEXT) --dataset $(DATASET) \
+		--max_images 2000 \
+		--output benchmarks/results/alignment_study.json
+	mv benchmarks/results/alignment_study.png docs/alignment-study.png
+
+capfilt: .venv/installed  ## how well exchanged captions are found, 30 % and 60 % of them, on DATASET
+	for share in 30 60; do \
+		$(RUN) -m training.capfilt --model checkpoints/blip-rbm-small --dataset $(DATASET) --shuffle 0.$$share --views 2 \
+			--output_dir runs/capfilt-$$share || exit 1; \
+		cp runs/capfilt-$$share/capfilt.json benchmarks/results/capfilt_$$share.json; \
+	done
+
+scale: .venv/installed  ## what the RBM stage takes: the ten-minute path on DATASET, memory at 6,000 and 60,000 images
+	rm -rf runs/scale
+	.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train_rbm training/recipes/rbm-quick.yaml \
+		--model checkpoints/blip-rbm-small --dataset $(DATASET) --output_dir runs/scale/rbm --cache_dir runs/scale/features
+	cp runs/scale/rbm/rbm.json benchmarks/results/rbm_quick.json
+	$(RUN) -m benchmarks.scale --output benchmarks/results/scale.json
 
 test-min: .venv-min/installed  ## the model's tests on transformers 4.57, in an environment of its own
 	.venv-min/bin/python -m pytest -q tests/test_rbm.py tests/test_configuration.py tests/test_modeling.py \

@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="folder or Hub id")
     args = parser.parse_args()
     start = time.time()
-    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval().optimize_for_inference()
     captioner = BlipRBMImageToTextPipeline(model=model, processor=BlipRBMProcessor.from_pretrained(args.model))
     try:
         images = {file: load_image(file) for file in image_files(args.images)}

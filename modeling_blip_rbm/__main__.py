@@ -86,7 +86,7 @@ def caption_command(args) -> int:
         except ValueError as error:
             complain(error)
     try:
-        model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+        model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval().optimize_for_inference()
         processor = BlipRBMProcessor.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         complain(error)

@@ -1,12 +1,13 @@
 """The embedded model as it lies in git."""
 
+import copy
 import json
 
 import pytest
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipVisionConfig
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMForImageTextRetrieval, BlipRBMProcessor
 from tests.conftest import CHECKPOINT, REPO
 
 
@@ -98,3 +99,23 @@ def test_results_are_of_this_config(embedded, results):
     model, _ = embedded
     measured = {name: value for name, value in results["rbm"].items() if name != "rbm_confidence"}  # calibrated later
     assert {name: getattr(model.config, name) for name in measured} == measured
+
+
+def test_folded_for_inference_it_says_the_same(embedded, photographs):
+    model, processor = embedded
+    folded = copy.deepcopy(model).optimize_for_inference()
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.vision_model.modules())
+    inputs = processor(images=photographs)
+    assert torch.equal(model.generate(**inputs), folded.generate(**inputs))
+
+
+def test_it_compares_images_and_texts(embedded, photographs):
+    """The same weights as a retrieval model: what its own captions say goes with their images."""
+    model, processor = embedded
+    inputs = processor(images=photographs)
+    captions = processor.captions(model.generate(**inputs))
+    matcher = BlipRBMForImageTextRetrieval.from_pretrained(CHECKPOINT).eval()
+    output = matcher(inputs["pixel_values"], **processor(text=captions))
+    own = output.logits_per_image.diagonal()
+    assert (own > output.logits_per_image.mean(1)).all()
+    assert ((output.match_probability > 0) & (output.match_probability < 1)).all()

@@ -33,6 +33,7 @@ from training.data import split_held_back
 from training.distributed import new_accelerator
 from training.metrics import tokenize
 from training.pairs import load_pairs
+from training.report import retrieval_table
 from training.retrieval import recalls
 
 
@@ -130,10 +131,10 @@ def study(args) -> dict:
     """Of each encoder or layer: how its classes cluster, how they separate, and how well a linear probe aligns it."""
     settings = AlignArguments(
         vision=args.vision, text=args.text, dataset=args.dataset, output_dir="", kind="probe", cache_dir=args.cache_dir,
-        epochs=args.epochs, eval_every=args.epochs, seed=args.seed, held_back=args.held_back,
+        epochs=args.epochs, eval_every=args.epochs, seed=args.seed, held_back=args.held_back, max_images=args.max_images,
     )  # fmt: skip
     vision, text = load_encoders(settings)
-    ids = load_pairs(args.dataset, args.train_split).select_columns(["image_id"])
+    ids = load_pairs(args.dataset, args.train_split, args.max_images).select_columns(["image_id"])
     train_rows, held_rows = split_held_back(ids, settings.held_back)
     parts = [(encoder, name, columns) for encoder in vision for name, columns in encoder.parts.items()]
     results = {}
@@ -165,7 +166,7 @@ def study(args) -> dict:
                 "pearson": float(pearsonr(values, aligned)[0]),
                 "spearman": float(spearmanr(values, aligned)[0]),
             }
-    return {"split": args.split, "encoders": results, "correlation_with_alignment": correlation}
+    return {"split": args.split, "images": len(ids), "encoders": results, "correlation_with_alignment": correlation}
 
 
 def plot(results: dict, path: Path):
@@ -182,18 +183,6 @@ def plot(results: dict, path: Path):
     axes[0].set_ylabel("alignment: mean R@10 of a linear probe (%)")
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-def retrieval_table(results: dict) -> str:
-    lines = ["| | image to text R@1/5/10 | text to image R@1/5/10 | median rank | zero-shot |", "|---|---|---|---|---|"]
-    for name, entry in results["runs"].items():
-        cells = [
-            "/".join(f"{entry[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)) for way in ("image_to_text", "text_to_image")
-        ]
-        ranks = f"{entry['image_to_text_median_rank']:.0f}, {entry['text_to_image_median_rank']:.0f}"
-        shot = f"{entry['zero_shot']['accuracy']:.0%}" if "zero_shot" in entry else ""
-        lines.append(f"| {name} | {' | '.join(cells)} | {ranks} | {shot} |")
-    return "\n".join(lines)
 
 
 def main():

@@ -165,6 +165,81 @@ def rbm_uses_table(uses: dict) -> str:
     )
 
 
+def retrieval_table(results: dict) -> str:
+    lines = ["| | image to text R@1/5/10 | text to image R@1/5/10 | median rank | zero-shot |", "|---|---|---|---|---|"]
+    for name, entry in results["runs"].items():
+        cells = [
+            "/".join(f"{entry[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)) for way in ("image_to_text", "text_to_image")
+        ]
+        ranks = f"{entry['image_to_text_median_rank']:.0f}, {entry['text_to_image_median_rank']:.0f}"
+        shot = f"{entry['zero_shot']['accuracy']:.0%}" if "zero_shot" in entry else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {ranks} | {shot} |")
+    return "\n".join(lines)
+
+
+def alignment_table(alignment: dict) -> str:
+    """Retrieval of what was aligned, and what of all together."""
+    return "\n".join(
+        [
+            f"Retrieval among {alignment['images']:,} images and {alignment['captions']:,} captions of Flickr8k {alignment['split']}, frozen encoders, "
+            "trained on the rest of the training split; zero-shot: classes named by the captions.",
+            "",
+            retrieval_table(alignment),
+        ]
+    )
+
+
+def cost_table(quick: dict, scale: dict) -> str:
+    """What the RBM stage takes: minutes of the ten-minute path, memory against the number of images."""
+    minutes = quick["minutes"] + quick["minutes_of_encoding"]
+    last = quick["held_back"][-1]
+    lines = [
+        f"From a frozen captioner to its RBM on 6,000 images (`training/recipes/rbm-quick.yaml`): {minutes:.1f} minutes, of which encoding "
+        f"{quick['minutes_of_encoding']:.1f}; peak memory {quick['peak_memory_mb']:,.0f} MB; R@10 {last['image_to_text_r10']:.0f} image to text, "
+        f"{last['text_to_image_r10']:.0f} text to image among the held-back images.",
+        "",
+        "| synthetic images | memory of the process (MB) | peak with memory-mapped pages (MB) | seconds |",
+        "|---|---|---|---|",
+    ]
+    for rows, entry in scale["rows"].items():
+        lines.append(
+            f"| {int(rows):,} | {entry['anonymous_mb']:,.0f} | {entry['peak_mb']:,.0f} | {entry['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def capfilt_table(results: list[dict]) -> str:
+    lines = [
+        "| captions exchanged | AUC of finding them | right before | right after | kept |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in results:
+        lines.append(
+            f"| {entry['capfilt']['shuffle']:.0%} | {entry['auc_of_wrong_captions']:.3f} | {entry['share_right_before']:.0%} | "
+            f"{entry['share_right_after']:.0%} | {entry['kept'] / entry['captions']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def study_table(study: dict) -> str:
+    lines = [
+        "| frozen encoder | nearest neighbours | linear classifier | R@10 of a linear probe |",
+        "|---|---|---|---|",
+    ]
+    for name, entry in study["encoders"].items():
+        lines.append(f"| {name} | {entry['knn']:.0%} | {entry['linear']:.0%} | {entry['alignment']:.1f} |")
+    found = study["correlation_with_alignment"]
+    measures = {"knn": "nearest neighbours", "linear": "the linear classifier"}
+    said = ", ".join(f"{measures[name]} {r['pearson']:.2f}" for name, r in found.items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Probed on {study['images']:,} training images. Correlation with alignment over these encoders (Pearson's r): {said}.",
+        ]
+    )
+
+
 def model_index(results: dict) -> str:
     metrics = [
         f"    - type: {key.lower()}\n      value: {value:.1f}\n      name: {key}"
@@ -199,6 +274,10 @@ def blocks() -> dict[str, str]:
         "results": results_table(results),
         "ablation": ablation_table(results),
         "confidence": confidence_table(read("confidence.json")),
+        "alignment": alignment_table(benchmark("alignment.json")),
+        "study": study_table(benchmark("alignment_study.json")),
+        "capfilt": capfilt_table([benchmark(f"capfilt_{share}.json") for share in (30, 60)]),
+        "cost": cost_table(benchmark("rbm_quick.json"), benchmark("scale.json")),
         "training": training_table(read("captioner.json"), read("rbm.json"), read("tuning.json")),
         "parameters": f"{results['parameters'] / 1e6:.1f} M parameters",
         "model-index": model_index(results),
@@ -223,6 +302,7 @@ def derived_files() -> dict[Path, str]:
     card = filled((REPO / "model_card.md").read_text())
     files = {
         REPO / "README.md": filled((REPO / "README.md").read_text()),
+        REPO / "training" / "README.md": filled((REPO / "training" / "README.md").read_text()),
         REPO / "model_card.md": card,
         CHECKPOINT / "README.md": card,
     }
