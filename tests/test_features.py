@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -128,8 +129,9 @@ def test_a_stream_is_read_once_and_keeps_its_captions(pairs, tower, tmp_path, sm
     whole = cache_features(*tower, expected, tmp_path / "whole", views=2)
     np.testing.assert_allclose(everything(store), everything(whole), atol=1e-2)
     (store.folder / "00002.jsonl").write_text("")  # damaged: its images are read again
-    dataset, _ = load_features(data, *tower)
+    dataset, _ = load_features(data, *tower, card_file=tmp_path / "card.json")
     assert dataset["captions"][:] == expected["captions"][:]
+    assert json.loads((tmp_path / "card.json").read_text())["images"] == 24
     some, _ = load_features(DataArguments(str(pairs), max_images=5, streaming=True, cache_dir=str(tmp_path)), *tower)
     assert len(some) == 5
 

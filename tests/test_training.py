@@ -302,6 +302,14 @@ def test_saved_in_half_loads_as_float(model, processor, pixel_values, tmp_path):
         torch.testing.assert_close(a.half().to(a.dtype), b, rtol=0, atol=0, msg=name)
 
 
+def test_a_model_of_another_kind_is_never_overwritten(model, processor, tmp_path):
+    Dinov2Config().save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"holds a model of another kind \(dinov2\): nothing was changed"):
+        save_captioner(model, processor, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before and len(list(tmp_path.iterdir())) == 1
+
+
 def test_nan_is_never_written_over_a_good_checkpoint(model, processor, tmp_path):
     save_captioner(model, processor, tmp_path / "kept")
     before = (tmp_path / "kept" / "model.safetensors").read_bytes()

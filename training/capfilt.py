@@ -3,9 +3,10 @@
     python -m training.capfilt --model checkpoints/blip-rbm-small --dataset my-web-pairs --output_dir runs/filtered
     python -m training.train_captioner ... --dataset runs/filtered
 
-The matching head (BLIP's ITM) is a logistic function of the RBM's pointwise mutual information of an image and a caption, fitted on
-held-back images: their captions against hard negatives, the captions of other images that the energy likes best (BLIP, arXiv
-2201.12086, section 3.3, with the energy for its similarity). A caption is kept if it is likelier right than wrong.
+A caption is judged by how much likelier the RBM finds its words for its image than for other images, and kept if it is likelier right than
+wrong by a logistic function of that, fitted on held-back images: their captions against exchanged ones (BLIP, arXiv 2201.12086, section
+3.3, with the energy for its matching head). The head of `BlipRBMForImageTextRetrieval` is fitted too, on PMI alone and against hard
+negatives, the best of a few captions of other images, and written into the model's config.
 
 With `--shuffle 0.3` that share of the captions is first exchanged between images, an RBM is trained on the noisy pairs, each half of the
 images scored by the RBM of the other, and `capfilt.json` says how well the wrong ones are found.
@@ -19,9 +20,9 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.rbm import hidden_input, pairwise_mutual_information, pointwise_mutual_information
@@ -48,7 +49,7 @@ class CapFiltArguments:
     epochs: int = field(default=15, metadata={"help": "of the RBMs trained on shuffled pairs"})
     batch_size: int = field(default=192, metadata={"help": "of their training"})
     negatives: int = field(
-        default=64, metadata={"help": "captions of other images among which the hard negative is chosen"}
+        default=4, metadata={"help": "captions of other images among which the hard negative is chosen"}
     )
     save: bool = field(
         default=True,
@@ -73,32 +74,58 @@ def shuffled(captions: list[list[str]], share: float, seed: int) -> tuple[list[l
 
 
 @torch.no_grad()
-def scores(rbm, store, words: CaptionWords, rows) -> list[np.ndarray]:
-    """PMI (nats) of each of these images with each of its captions."""
+def caption_evidence(rbm, store, words: CaptionWords, rows, references, whose=None) -> list[np.ndarray]:
+    """Of each of these images' captions, how much likelier its words are for its image than for others, nats.
+
+    PMI(w; x) - log mean exp PMI(w; x') over the reference images x': some captions go with many images, whatever theirs is.
+
+    Args:
+        whose: the image whose captions are held against each of `rows`; default: itself.
+    """
     p, result = rbm.parameters_fp32, []
-    for part in np.array_split(np.asarray(rows), max(1, len(rows) // 1024)):
+    others = hidden_input(p, rbm.standardise(store.batch(references)))
+    whose = np.asarray(rows if whose is None else whose)
+    pieces = max(1, len(rows) // 512)
+    for part, source in zip(np.array_split(np.asarray(rows), pieces), np.array_split(whose, pieces)):
         a = hidden_input(p, rbm.standardise(store.batch(part)))
-        result += [pointwise_mutual_information(p, row[None], words[i].float()).numpy() for row, i in zip(a, part)]
+        w = [words[i].float() for i in source]
+        with_others = pairwise_mutual_information(p, others, torch.cat(w)).logsumexp(0) - np.log(len(others))
+        own = torch.cat([pointwise_mutual_information(p, row[None], of_image) for row, of_image in zip(a, w)])
+        result += [e.numpy() for e in (own - with_others).split([len(of_image) for of_image in w])]
     return result
 
 
+def fit_head(match: np.ndarray, other: np.ndarray) -> tuple[list[float], float]:
+    """Bias and weight of the log-odds of a match, from what both kinds of pairs score; and the AUC."""
+    score, label = np.concatenate([match, other])[:, None], np.repeat([True, False], [len(match), len(other)])
+    fitted = LogisticRegression(C=100.0, class_weight="balanced").fit(score, label)
+    return [float(fitted.intercept_[0]), float(fitted.coef_[0, 0])], float(roc_auc_score(label, score[:, 0]))
+
+
 @torch.no_grad()
-def fit_matching_head(rbm, store, words: CaptionWords, rows, negatives: int, seed: int) -> tuple[list[float], dict]:
-    """Bias and weight of PMI in the log-odds of a match, on these images: captions against hard negatives."""
+def fit_matching_head(rbm, store, words: CaptionWords, rows, negatives: int, seed: int) -> tuple[list[float], float]:
+    """The head of `BlipRBMForImageTextRetrieval`, on PMI: captions against hard negatives, each the best of a few of other images."""
     p, rng = rbm.parameters_fp32, np.random.default_rng(seed)
     a = hidden_input(p, rbm.standardise(store.batch(rows)))
-    own = np.concatenate(scores(rbm, store, words, rows))
-    one_of_each = words.choose(np.asarray(rows), rng.random(len(rows)))
-    similarity = pairwise_mutual_information(p, a, one_of_each).numpy()
+    similarity = pairwise_mutual_information(p, a, words.choose(np.asarray(rows), rng.random(len(rows)))).numpy()
     hard = []
     for i, row in enumerate(similarity):
         others = np.delete(np.arange(len(rows)), i)
         hard.append(row[rng.choice(others, min(negatives, len(others)), replace=False)].max())
-    evidence = np.concatenate([own, hard])[:, None]
-    match = np.repeat([True, False], [len(own), len(hard)])
-    fitted = LogisticRegression(C=100.0, class_weight="balanced").fit(evidence, match)
-    head = [float(fitted.intercept_[0]), float(fitted.coef_[0, 0])]
-    return head, {"auc_against_hard_negatives": float(roc_auc_score(match, evidence[:, 0])), "images": len(rows)}
+    return fit_head(similarity.diagonal(), np.array(hard))
+
+
+@torch.no_grad()
+def fit_filter(rbm, store, words: CaptionWords, rows, seed: int) -> list[float]:
+    """Bias and weight of `caption_evidence` in the log-odds that a caption was written for its image, on these images: their captions
+    against those of others, exchanged at random."""
+    own = np.concatenate(caption_evidence(rbm, store, words, rows, rows))
+    other = caption_evidence(rbm, store, words, rows, rows, np.random.default_rng(seed).permutation(rows))
+    return fit_head(own, np.concatenate(other))[0]
+
+
+def chances(head: list[float], evidence: list[np.ndarray]) -> list[np.ndarray]:
+    return [expit(head[0] + head[1] * of_image) for of_image in evidence]
 
 
 def rbm_of_noisy_pairs(model, store, words, rows, held_rows, args: CapFiltArguments, name: str):
@@ -114,15 +141,17 @@ def rbm_of_noisy_pairs(model, store, words, rows, held_rows, args: CapFiltArgume
     return fresh.rbm_layer.rbm
 
 
-def crossed(model, store, words, train_rows, held_rows, args: CapFiltArguments) -> tuple[list[np.ndarray], np.ndarray]:
-    """PMI of every training image's captions by an RBM that has not seen the image, and their chance of being right."""
+def crossed(
+    model, store, words, train_rows, held_rows, args: CapFiltArguments
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Evidence of every training image's captions by an RBM that has not seen the image, and their chance of being right."""
     halves = np.array_split(np.random.default_rng(args.seed).permutation(train_rows), 2)
     found, chance = {}, {}
     for k, (seen, unseen) in enumerate((halves, halves[::-1])):
         rbm = rbm_of_noisy_pairs(model, store, words, np.sort(seen), held_rows, args, f"rbm-{k}")
-        bias, weight = fit_matching_head(rbm, store, words, held_rows, args.negatives, args.seed)[0]
-        for row, pmi in zip(unseen, scores(rbm, store, words, unseen)):
-            found[row], chance[row] = pmi, 1 / (1 + np.exp(-(bias + weight * pmi)))
+        evidence = caption_evidence(rbm, store, words, unseen, held_rows)
+        found |= dict(zip(unseen, evidence))
+        chance |= dict(zip(unseen, chances(fit_filter(rbm, store, words, held_rows, args.seed), evidence)))
     return [found[row] for row in train_rows], [chance[row] for row in train_rows]
 
 
@@ -159,30 +188,32 @@ def main():
     captions, wrong = shuffled(dataset["captions"][:], args.shuffle, args.seed)
     words = caption_words(processor.tokenizer, captions, model.config.rbm_word_ids)
     rbm = model.rbm_layer.rbm
-    head, report = fit_matching_head(rbm, store, words, held_rows, args.negatives, args.seed)
+    head, auc = fit_matching_head(rbm, store, words, held_rows, args.negatives, args.seed)
+    report = {"matching_head": head, "auc_against_hard_negatives": auc}
     if args.shuffle:
-        pmi, chance = crossed(model, store, words, train_rows, held_rows, args)
+        evidence, chance = crossed(model, store, words, train_rows, held_rows, args)
         is_wrong = np.concatenate([wrong[i] for i in train_rows])
-        report["auc_of_wrong_captions"] = float(roc_auc_score(is_wrong, -np.concatenate(pmi)))
+        report["auc_of_wrong_captions"] = float(roc_auc_score(is_wrong, -np.concatenate(evidence)))
     else:
-        model.config.rbm_match = head
         config_file = Path(args.model) / "config.json"
         if args.save and config_file.exists():
             write_json(config_file, json.loads(config_file.read_text()) | {"rbm_match": head})
-        pmi = scores(rbm, store, words, train_rows)
-        chance = [1 / (1 + np.exp(-(head[0] + head[1] * of_image))) for of_image in pmi]
+        evidence = caption_evidence(rbm, store, words, train_rows, held_rows)
+        chance = chances(fit_filter(rbm, store, words, held_rows, args.seed), evidence)
     kept = [[c for c, p in zip(captions[i], of_image) if p >= args.least] for i, of_image in zip(train_rows, chance)]
     if args.shuffle:
         right = [~wrong[i][of_image >= args.least] for i, of_image in zip(train_rows, chance)]
         report["share_right_before"] = float(1 - is_wrong.mean())
         report["share_right_after"] = float(np.concatenate(right).mean())
     report |= {
-        "captions": sum(len(captions[i]) for i in train_rows), "kept": sum(map(len, kept)), "matching_head": head,
+        "captions": sum(len(captions[i]) for i in train_rows), "kept": sum(map(len, kept)),
         "capfilt": asdict(args), "data": asdict(data),
     }  # fmt: skip
     images, output_dir = dataset.select(train_rows), Path(args.output_dir)
     if args.synthetic:
-        report["synthetic_kept"] = add_synthetic(model, processor, images, kept, store, train_rows, head, args, data)
+        report["synthetic_kept"] = add_synthetic(
+            model, processor, images, kept, store, train_rows, held_rows, words, args, data
+        )
     report["images_kept"] = write_pairs(images, kept, output_dir, data.train_split)
     if args.shuffle:
         write_pairs(images, [captions[i] for i in train_rows], output_dir / "noisy", data.train_split)
@@ -190,18 +221,18 @@ def main():
     print(json.dumps({name: value for name, value in report.items() if name not in ("capfilt", "data")}, indent=1))
 
 
-def add_synthetic(model, processor, images, kept, store, rows, head, args, data) -> int:
+def add_synthetic(model, processor, images, kept, store, rows, held_rows, words, args, data) -> int:
     """Add the model's own caption to images that lost captions, if it passes the same filter; how many did."""
-    written = synthetic_captions(model, processor, images, data.cache_dir)
-    words = caption_words(processor.tokenizer, [[text] for text in written], model.config.rbm_word_ids)
-    p, rbm, added = model.rbm_layer.rbm.parameters_fp32, model.rbm_layer.rbm, 0
-    for i, (text, row) in enumerate(zip(tqdm(written, desc="filter synthetic captions"), rows)):
-        a = hidden_input(p, rbm.standardise(store.batch([row])))
-        pmi = pointwise_mutual_information(p, a, words[i].float()).item()
-        if 1 / (1 + np.exp(-(head[0] + head[1] * pmi))) >= args.least:
-            kept[i].append(text)
-            added += 1
-    return added
+    lost = [i for i, row in enumerate(rows) if len(kept[i]) < len(words[row])]
+    written = dict(zip(rows[lost].tolist(), synthetic_captions(model, processor, images.select(lost), data.cache_dir)))
+    rbm, every = model.rbm_layer.rbm, [[written[i]] if i in written else [] for i in range(len(store))]
+    new_words = caption_words(processor.tokenizer, every, model.config.rbm_word_ids)
+    evidence = caption_evidence(rbm, store, new_words, rows[lost], held_rows)
+    chance = np.concatenate(chances(fit_filter(rbm, store, words, held_rows, args.seed), evidence))
+    passed = [i for i, p in zip(lost, chance) if p >= args.least]
+    for i in passed:
+        kept[i].append(written[int(rows[i])])
+    return len(passed)
 
 
 if __name__ == "__main__":

@@ -52,9 +52,13 @@ def save_captioner(model, processor, output_dir: str | Path, half: bool = False,
         half: store fp16 weights; they load as fp32 all the same.
 
     Raises:
-        ValueError: if a weight is not finite, before anything is written.
+        ValueError: if a weight is not finite, or the folder holds a model of another kind, before anything is written.
     """
     output_dir = Path(output_dir)
+    other = output_dir / "config.json"
+    kind = json.loads(other.read_text()).get("model_type") if other.exists() else None
+    if other.exists() and kind != model.config.model_type:
+        raise ValueError(f"{output_dir} holds a model of another kind ({kind}): nothing was changed; give a new folder")
     state = model.state_dict()
     if half:  # tensors that are tied stay tied, or they would be written twice
         halves = {t.data_ptr(): t.half() for t in state.values() if t.is_floating_point()}

@@ -17,6 +17,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Optional
@@ -30,7 +31,7 @@ from modeling_blip_rbm.modeling_blip_rbm import folded_tower, pool_tokens, visio
 from training.arguments import bf16_is_fast
 from training.checkpoints import write_json
 from training.data import image_view, images_fingerprint
-from training.pairs import PairStream, load_pairs
+from training.pairs import PairStream, load_pairs, read_pairs
 
 
 SHARD_BYTES, SHARD_ROWS = 2**26, 1024  # at most: what a stop loses, and what damage costs
@@ -150,6 +151,7 @@ class FeatureWriter:
         index = json.loads(self.index_file.read_text()) if self.index_file.exists() else {}
         self.shards: list[dict] = index.get("shards", [])
         self.finished = index.get("finished", False)  # the end of the images has been reached
+        self.dropped = index.get("dropped", {})  # by a stream
         self.broken = [number for number, shard in enumerate(self.shards) if not self.is_whole(shard)]
         for number in self.broken:
             print(f"{self.folder / self.shards[number]['file']} is missing or damaged: encoding its images again")
@@ -192,7 +194,7 @@ class FeatureWriter:
                 break
         if not self.shards:
             raise ValueError(f"there is no image to encode in {dataset}")
-        self.finished = True
+        self.finished, self.dropped = True, dict(getattr(dataset, "dropped", {}))
         self.write_index()
 
     def check_space(self, features: np.ndarray, bar):
@@ -220,7 +222,10 @@ class FeatureWriter:
         self.write_index()
 
     def write_index(self):
-        write_json(self.index_file, {"shards": self.shards, "finished": self.finished, "settings": self.settings})
+        write_json(
+            self.index_file,
+            {"shards": self.shards, "finished": self.finished, "dropped": self.dropped, "settings": self.settings},
+        )
 
 
 def rows_from(dataset: Dataset | PairStream, start: int) -> Iterator[dict]:
@@ -278,22 +283,34 @@ class Encoder:
 
 
 def load_features(
-    data, tower, image_processor, split: Optional[str] = None, **settings
+    data, tower, image_processor, split: Optional[str] = None, card_file: Optional[Path] = None, **settings
 ) -> tuple[Dataset, FeatureStore]:
     """The pairs (`captions`, `image_id`) that the arguments of a stage name, and the features of their images.
 
     Args:
         data: `DataArguments`; with `streaming` no image is ever kept, so that the data may be larger than the disk.
+        card_file: where the card of what was read and dropped is saved, as JSON; it is printed in any case.
         settings: of `cache_features`.
     """
     settings = {"cache_dir": data.cache_dir, "views": data.views, "dtype": data.encode_dtype} | settings
     split = split or data.train_split
     if not data.streaming:
-        dataset = load_pairs(data.dataset, split, data.max_images, **data.columns)
+        dataset, card = read_pairs(data.dataset, split, **data.columns)
+        print(card)
+        if card_file is not None:
+            write_json(card_file, asdict(card))
+        if data.max_images is not None:
+            dataset = dataset.select(range(min(data.max_images, len(dataset))))
         return dataset, cache_features(tower, image_processor, dataset, **settings)
     stream = PairStream(data.dataset, split, data.max_images, **data.columns)
     store = cache_features(tower, image_processor, stream, **settings)
-    return store.captions(), store
+    pairs, dropped = store.captions(), store.index["dropped"]
+    print(
+        f"{stream}: {len(pairs):,} images, {sum(map(len, pairs['captions'])):,} captions; dropped {dropped or 'none'}"
+    )
+    if card_file is not None:
+        write_json(card_file, {"source": stream.path, "split": split, "images": len(pairs), "dropped": dropped})
+    return pairs, store
 
 
 def main():

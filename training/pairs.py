@@ -301,8 +301,6 @@ class PairStream:
             image = row["image"]
             opened = PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
             yield row | {"image": opened}
-        if self.dropped:
-            print(f"{self.path} ({self.split}): dropped {dict(self.dropped)}")
 
     def __repr__(self):
         return f"{self.path} ({self.split}, streamed)"

@@ -518,7 +518,7 @@ def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerA
 
 def main():
     data, captioner, args = parse_arguments(DataArguments, CaptionerArguments, TrainingArguments)
-    refuse_other_output(args.output_dir, "captioner.json", "checkpoint-*", "best")
+    refuse_other_output(args.output_dir, "captioner.json", "checkpoint-*", "best", "pairs.json")
     args.remove_unused_columns = False
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(captioner.model)
@@ -543,7 +543,8 @@ def main():
         images = Images(dataset, processor.image_processor)
     else:
         with args.main_process_first(desc="encode"):
-            dataset, store = load_features(data, model.vision_model, processor.image_processor)
+            card_file = Path(args.output_dir) / "pairs.json" if args.process_index == 0 else None
+            dataset, store = load_features(data, model.vision_model, processor.image_processor, card_file=card_file)
         images = CachedViews(store)
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"][:]

@@ -400,7 +400,7 @@ def plot_curves(history: list[dict], path: Path):
 
 def main():
     data, settings = parse_arguments(DataArguments, RBMArguments)
-    refuse_other_output(settings.output_dir, "rbm.json", "log.jsonl")
+    refuse_other_output(settings.output_dir, "rbm.json", "log.jsonl", "pairs.json")
     accelerator = new_accelerator(settings.seed)
     set_seed(settings.seed)
     processor = BlipRBMProcessor.from_pretrained(settings.model)
@@ -408,7 +408,10 @@ def main():
     pooling = settings.pooling or model.config.rbm_pooling
     start = time.time()
     with accelerator.main_process_first():
-        dataset, store = load_features(data, model.vision_model, processor.image_processor, pooling=pooling)
+        card_file = Path(settings.output_dir) / "pairs.json" if accelerator.is_main_process else None
+        dataset, store = load_features(
+            data, model.vision_model, processor.image_processor, card_file=card_file, pooling=pooling
+        )
     encoded = time.time()
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"]

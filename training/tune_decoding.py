@@ -23,7 +23,7 @@ import torch
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.decoding_blip_rbm import SIMILARITIES, rerank_scores
 from training.arguments import DataArguments, parse_arguments
-from training.checkpoints import save_captioner, write_json
+from training.checkpoints import refuse_other_output, save_captioner, write_json
 from training.data import split_held_back
 from training.evaluate_captions import candidate_parts, caption_rows
 from training.features import cache_features
@@ -142,6 +142,7 @@ def tune_plain(model, held_back: HeldBack, log_frequency: torch.Tensor, args: Tu
 
 def main():
     data, args = parse_arguments(DataArguments, TuningArguments)
+    refuse_other_output(args.output_dir, "tuning.json")
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     config = model.config
