@@ -224,6 +224,8 @@ def main():
 def add_synthetic(model, processor, images, kept, store, rows, held_rows, words, args, data) -> int:
     """Add the model's own caption to images that lost captions, if it passes the same filter; how many did."""
     lost = [i for i, row in enumerate(rows) if len(kept[i]) < len(words[row])]
+    if not lost:
+        return 0
     written = dict(zip(rows[lost].tolist(), synthetic_captions(model, processor, images.select(lost), data.cache_dir)))
     rbm, every = model.rbm_layer.rbm, [[written[i]] if i in written else [] for i in range(len(store))]
     new_words = caption_words(processor.tokenizer, every, model.config.rbm_word_ids)

@@ -108,5 +108,5 @@ def caption_words(tokenizer, captions, word_ids) -> CaptionWords:
     counts = [len(of_image) for of_image in captions]
     token_ids = []
     for of_image in captions:
-        token_ids += tokenizer(list(of_image), add_special_tokens=False)["input_ids"]
+        token_ids += tokenizer(list(of_image), add_special_tokens=False)["input_ids"] if of_image else []
     return CaptionWords(token_ids, counts, word_ids, len(tokenizer))

@@ -11,6 +11,7 @@ an image belongs to one of `--classes` if most of its captions name it and none 
 
 import argparse
 import json
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,9 +149,9 @@ def study(args) -> dict:
             data.images(rows).numpy(), labels[rows], unseen.images(unseen_rows).numpy(), unseen_labels[unseen_rows]
         )
         set_seed(args.seed)
-        settings.output_dir = str(Path(args.output).with_suffix("") / name)
         aligner = new_aligner(settings, data)
-        train(new_accelerator(args.seed), aligner, data, held_rows, settings)
+        with tempfile.TemporaryDirectory() as settings.output_dir:
+            train(new_accelerator(args.seed), aligner, data, held_rows, settings)
         with torch.no_grad():
             images, texts, owner = embed(aligner, unseen, unseen.rows)
             entry |= recalls(aligner.similarity(images, texts), owner)

@@ -72,7 +72,7 @@ def captions_with_evidence(model, processor, store, rows, batch_size) -> tuple[l
 
 def expected_calibration_error(prob, right, bins: int = 10) -> float:
     """Mean distance of stated chance and share that is right, over equally large groups of like chance."""
-    order = np.array_split(np.argsort(prob), bins)
+    order = np.array_split(np.argsort(prob), min(bins, len(prob)))
     return float(sum(len(g) * abs(prob[g].mean() - right[g].mean()) for g in order) / len(prob))
 
 
