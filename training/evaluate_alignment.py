@@ -197,6 +197,7 @@ def main():
     parser.add_argument("--split", default="validation")
     parser.add_argument("--classes", nargs="+", default=list(CLASSES), help="words that captions name")
     parser.add_argument("--epochs", type=int, default=15, help="of a probe of the study")
+    parser.add_argument("--max_images", type=int, help="images of a split that the study uses at most")
     parser.add_argument(
         "--held_back", type=int, default=400, help="training images that the study's probes are not trained on"
     )
