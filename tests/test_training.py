@@ -218,9 +218,18 @@ class Pooled:
 
 def random_pairs(rbm, images=23):
     """Pairs of random images and words, and their words."""
-    token_ids = [torch.randint(5, 20, (4,)).tolist() for _ in range(2 * images)]
-    words = CaptionWords(token_ids, [2] * images, list(range(6, 6 + rbm.word_size)), 29)
+    token_ids = [torch.randint(5, 20, (2, 4)).tolist() for _ in range(images)]
+    words = CaptionWords(token_ids, list(range(6, 6 + rbm.word_size)), 29)
     return PooledPairs(Pooled(torch.randn(images, 2, rbm.visible_size)), range(images), words), words
+
+
+def test_words_of_captions(processor):
+    token_ids = [[[7, 9, 7], [3]], [], [[8, 20, 9]]]
+    words = CaptionWords(token_ids, [7, 8, 9, 11], 29)
+    assert len(words) == 3 and words[0].tolist() == [[True, False, True, False], [False] * 4] and len(words[1]) == 0
+    assert words.share(np.array([0, 2])).tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3, 0])
+    chosen = words.choose(np.array([0, 0, 2]), np.array([0.1, 0.9, 0.99]))
+    assert chosen.tolist() == [[1, 0, 1, 0], [0] * 4, [0, 1, 1, 0]]
 
 
 def test_divergence_leaves_the_last_good_rbm(model, tmp_path):

@@ -2,6 +2,8 @@
 does."""
 
 import hashlib
+from array import array
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -71,18 +73,25 @@ class CaptionWords:
     """Which of an RBM's words each caption holds, sparse: `words[i]` is bool (captions of image i, K).
 
     Args:
-        token_ids: of every caption of every image, one after the other. counts: captions of each image.
+        token_ids: of every image, the token ids of each of its captions; gone through once, so that they need not be in memory.
     """
 
-    def __init__(self, token_ids: list[list[int]], counts: list[int], word_ids: list[int], vocab_size: int):
+    def __init__(self, token_ids: Iterable[list[list[int]]], word_ids: list[int], vocab_size: int):
         columns = word_columns(word_ids, vocab_size).numpy()
-        found = [np.unique(columns[np.asarray(ids, dtype=np.int64)]) for ids in token_ids]
-        found = [columns_of[columns_of < len(word_ids)] for columns_of in found]
-        ends = np.cumsum([0, *map(len, found)])
-        indices = np.concatenate([np.empty(0, np.int64), *found])
-        shape = (len(found), len(word_ids))
+        indices, ends, counts = array("i"), array("q", [0]), array("q", [0])
+        for of_image in token_ids:
+            counts.append(len(of_image))
+            for ids in of_image:
+                found = np.unique(columns[np.asarray(ids, dtype=np.int64)])
+                indices.extend(found[found < len(word_ids)].tolist())
+                ends.append(len(indices))
+        indices, ends = (
+            np.frombuffer(indices, np.int32) if indices else np.empty(0, np.int32),
+            np.frombuffer(ends, np.int64),
+        )
+        shape = (len(ends) - 1, len(word_ids))
         self.matrix = csr_matrix((np.ones(len(indices), np.float32), indices, ends), shape=shape)
-        self.starts = np.cumsum([0, *counts])
+        self.starts = np.cumsum(counts)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -99,14 +108,15 @@ class CaptionWords:
 
     def share(self, images: np.ndarray) -> torch.Tensor:
         """(K,) share of these images' captions that hold each word."""
-        rows = np.concatenate([np.arange(*self.starts[[i, i + 1]]) for i in images])
-        return torch.from_numpy(np.asarray(self.matrix[rows].mean(0), dtype=np.float32)[0])
+        chosen = np.zeros(len(self), np.float32)
+        chosen[images] = 1
+        of_caption = np.repeat(chosen, np.diff(self.starts))
+        return torch.from_numpy(self.matrix.T @ of_caption / of_caption.sum())
 
 
 def caption_words(tokenizer, captions, word_ids) -> CaptionWords:
     """Of each image, which words its captions hold."""
-    counts = [len(of_image) for of_image in captions]
-    token_ids = []
-    for of_image in captions:
-        token_ids += tokenizer(list(of_image), add_special_tokens=False)["input_ids"] if of_image else []
-    return CaptionWords(token_ids, counts, word_ids, len(tokenizer))
+    tokenized = (
+        tokenizer(list(of_image), add_special_tokens=False)["input_ids"] if of_image else [] for of_image in captions
+    )
+    return CaptionWords(tokenized, word_ids, len(tokenizer))
