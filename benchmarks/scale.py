@@ -74,43 +74,34 @@ def watched(command: list[str]) -> dict[str, float]:
     return most | {"seconds": time.time() - start}
 
 
+def run(work: Path, data: Path, streaming: bool, epochs: int) -> dict[str, float]:
+    """The RBM stage on these data."""
+    command = [sys.executable, "-m", "training.train_rbm", "--model", f"{work}/captioner", "--dataset", str(data)]
+    command += ["--output_dir", f"{data}/rbm", "--cache_dir", f"{data}/cache", "--views", "1", "--held_back", "400"]
+    command += ["--epochs", str(epochs), "--eval_every", str(epochs), "--num_words", "1000"]
+    return watched([*command, "--streaming", str(streaming).lower()])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[6000, 60000])
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--output", help="results file")
+    parser.add_argument("--streaming", action="store_true", help="read the pairs as a stream")
+    parser.add_argument("--output", help="results file; what it holds of other rows and ways stays")
     args = parser.parse_args()
-    results = {}
+    output = Path(args.output) if args.output else None
+    results = json.loads(output.read_text())["rows"] if output and output.exists() else {}
     with tempfile.TemporaryDirectory() as work:
         make_captioner(Path(work) / "captioner")
         for rows in args.rows:
             data = Path(work) / str(rows)
             data.mkdir()
             make_pairs(data, rows)
-            command = [
-                sys.executable,
-                "-m",
-                "training.train_rbm",
-                "--model",
-                f"{work}/captioner",
-                "--dataset",
-                str(data),
-            ]
-            command += [
-                "--output_dir",
-                f"{data}/rbm",
-                "--cache_dir",
-                f"{data}/cache",
-                "--views",
-                "1",
-                "--held_back",
-                "400",
-            ]
-            command += ["--epochs", str(args.epochs), "--eval_every", str(args.epochs), "--num_words", "1000"]
-            results[rows] = watched(command)
-            print(rows, {name: round(value) for name, value in results[rows].items()}, flush=True)
-    if args.output:
-        Path(args.output).write_text(json.dumps({"settings": vars(args), "rows": results}, indent=1) + "\n")
+            name = f"{rows:,}{', streamed' * args.streaming}"
+            results[name] = run(Path(work), data, args.streaming, args.epochs)
+            print(name, {key: round(value) for key, value in results[name].items()}, flush=True)
+    if output:
+        output.write_text(json.dumps({"epochs": args.epochs, "rows": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -180,6 +180,7 @@ def plot(results: dict, path: Path):
                 name, (100 * entry[measure], entry["alignment"]), fontsize=8, xytext=(4, 4), textcoords="offset points"
             )
         found = results["correlation_with_alignment"].get(measure)
+        axis.margins(x=0.25, y=0.1)
         axis.set(xlabel=f"{title}: accuracy (%)" + (f"; r = {found['pearson']:.2f}" if found else ""))
     axes[0].set_ylabel("alignment: mean R@10 of a linear probe (%)")
     figure.savefig(path, dpi=90)
@@ -196,7 +197,7 @@ def main():
     parser.add_argument("--train_split", default="train")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--classes", nargs="+", default=list(CLASSES), help="words that captions name")
-    parser.add_argument("--epochs", type=int, default=15, help="of a probe of the study")
+    parser.add_argument("--epochs", type=int, default=30, help="of a probe of the study")
     parser.add_argument("--max_images", type=int, help="images of a split that the study uses at most")
     parser.add_argument(
         "--held_back", type=int, default=400, help="training images that the study's probes are not trained on"

@@ -11,6 +11,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
+    "AutoModelForZeroShotImageClassification": "retrieval_blip_rbm.BlipRBMForImageTextRetrieval",
     "AutoProcessor": "processing_blip_rbm.BlipRBMProcessor",
 }
 CUSTOM_PIPELINES = {
@@ -68,6 +69,8 @@ class BlipRBMConfig(BlipConfig):
         rbm_rerank_length_penalty (`float`, defaults to 1.0): alpha in log P / length^alpha.
         rbm_confidence (`list[float]`, *optional*): bias and weights of log P per token and of PMI in the log-odds that a
             caption is right (`training/evaluate_confidence.py`); None: not calibrated.
+        rbm_match (`list[float]`, *optional*): bias of the log-odds that a text was written for an image, and weight of their PMI in it
+            ([`BlipRBMForImageTextRetrieval`], `training/capfilt.py`); None: not fitted.
 
     Raises:
         ValueError: for an impossible value, saying which, and what is allowed.
@@ -99,6 +102,7 @@ class BlipRBMConfig(BlipConfig):
         rbm_rerank_similarity="jaccard",
         rbm_rerank_length_penalty=1.0,
         rbm_confidence=None,
+        rbm_match=None,
         **kwargs,
     ):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -131,6 +135,7 @@ class BlipRBMConfig(BlipConfig):
         self.rbm_rerank_similarity = rbm_rerank_similarity
         self.rbm_rerank_length_penalty = rbm_rerank_length_penalty
         self.rbm_confidence = rbm_confidence
+        self.rbm_match = rbm_match
         self._check()
         if self.vision_hidden_size is not None:
             self.set_visible_size()

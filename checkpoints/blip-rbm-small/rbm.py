@@ -240,6 +240,77 @@ def pointwise_mutual_information(p: RBMParameters, a_image: torch.Tensor, w: tor
     return (sp(a_image + said) - sp(a_image) - sp(p.c + said) + sp(p.c)).sum(-1)
 
 
+SAFE_INPUT = 20.0  # exp of up to four such inputs, multiplied, is a finite fp32 number
+
+
+class PairwiseSoftplus(torch.autograd.Function):
+    """sum_j softplus(a_ij + u_kj) (n, m) of a (n, H) and u (m, H), a few rows at a time: the (n, m, H) terms are never held all at once.
+
+    softplus(a + u) = log(1 + e^a e^u), and the log of four such factors is one logarithm: a quarter of the logarithms, and no exponential
+    but those of a and u themselves. Inputs too large for that are computed term by term.
+    """
+
+    @staticmethod
+    def forward(ctx, a, u):
+        n, m, hidden = len(a), len(u), a.shape[1]
+        ctx.safe = not (n and m) or bool((a.amax(0) + u.amax(0)).max() <= SAFE_INPUT)
+        out = a.new_empty(n, m)
+        rows = PairwiseSoftplus.rows_at_a_time(m, hidden)
+        if not ctx.safe:
+            ctx.save_for_backward(a, u)
+            for start in range(0, n, rows):
+                out[start : start + rows] = F.softplus(a[start : start + rows, None] + u).sum(-1)
+            return out
+        exp_a, exp_u = a.exp(), u.exp()
+        ctx.save_for_backward(exp_a, exp_u)
+        pad = (0, -hidden % 4)  # factors of 1
+        exp_a, exp_u = F.pad(exp_a, pad), F.pad(exp_u, pad)
+        quarter = exp_a.shape[1] // 4
+        for start in range(0, n, rows):
+            factors = (exp_a[start : start + rows, None] * exp_u).add_(1)
+            first, second, third, fourth = factors.split(quarter, dim=-1)
+            out[start : start + rows] = (first * second).mul_(third).mul_(fourth).log_().sum(-1)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, u = ctx.saved_tensors  # of the safe computation, their exponentials
+        grad_a, grad_u = torch.empty_like(a), torch.zeros_like(u)
+        rows = PairwiseSoftplus.rows_at_a_time(len(u), a.shape[1])
+        for start in range(0, len(a), rows):
+            part = slice(start, start + rows)
+            if ctx.safe:  # q = sigmoid(a + u) (rows, m, H)
+                odds = a[part, None] * u
+                q = odds.div_(odds + 1)
+            else:
+                q = torch.sigmoid(a[part, None] + u)
+            grad_a[part] = torch.bmm(grad[part, None], q)[:, 0]
+            grad_u += q.mul_(grad[part, :, None]).sum(0)
+        return grad_a, grad_u
+
+    @staticmethod
+    def rows_at_a_time(m: int, hidden: int) -> int:
+        return max(1, 2**18 // max(1, m * hidden))  # of 1 MB in fp32: they stay in a processor's cache
+
+
+def pairwise_information(c: torch.Tensor, a_image: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+    """Pointwise mutual information (n, m) of every image with every text, by what each adds to the hidden units, without (n, m, H) numbers
+    in memory.
+
+    Args:
+        c (H,): hidden bias. a_image (n, H): `hidden_input` of the images. said (m, H): what the texts add to it, such as w U.
+    """
+    sp = F.softplus
+    return (
+        PairwiseSoftplus.apply(a_image, said) - sp(a_image).sum(-1, keepdim=True) - sp(c + said).sum(-1) + sp(c).sum()
+    )
+
+
+def pairwise_mutual_information(p: RBMParameters, a_image: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """`pointwise_mutual_information` of every image with every caption, (n, m) of a_image (n, H) and w (m, K)."""
+    return pairwise_information(p.c, a_image, w @ p.U)
+
+
 PARAMETER_NAMES = {  # of `JointRBM`, for the fields of `RBMParameters`
     "c": "hidden_bias",
     "U": "word_weight",
@@ -307,11 +378,26 @@ class JointRBM(nn.Module):
         return RBMParameters(**fields)
 
     @torch.no_grad()
-    def set_image_statistics(self, pooled: torch.Tensor):
-        """Standardise by these pooled images (n, V) from now on. A unit that never varies is left at its mean."""
-        if not torch.isfinite(pooled).all():
-            raise ValueError("the pooled images hold NaN or infinite values")
-        std, mean = torch.std_mean(pooled.double(), dim=0, correction=0)
+    def set_image_statistics(self, pooled):
+        """Standardise by these pooled images from now on. A unit that never varies is left at its mean.
+
+        Args:
+            pooled: a tensor (n, V), or an iterable of such, so that they need not all be in memory.
+
+        Raises:
+            ValueError: if there is none, or a value is not finite.
+        """
+        count, mean, square = 0, 0.0, 0.0  # Chan, Golub & LeVeque 1983: mean and sum of squared deviations of parts
+        for part in [pooled] if isinstance(pooled, torch.Tensor) else pooled:
+            if not torch.isfinite(part).all():
+                raise ValueError("the pooled images hold NaN or infinite values")
+            part = part.double()
+            total, step = count + len(part), part.mean(0) - mean
+            square = square + (part - part.mean(0)).square().sum(0) + step.square() * (count * len(part) / total)
+            count, mean = total, mean + step * (len(part) / total)
+        if not count:
+            raise ValueError("there are no pooled images to standardise by")
+        std = (square / count).sqrt()
         self.image_mean.copy_(mean)
         self.image_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
 
