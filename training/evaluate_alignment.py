@@ -132,7 +132,7 @@ def study(args) -> dict:
     """Of each encoder or layer: how its classes cluster, how they separate, and how well a linear probe aligns it."""
     settings = AlignArguments(
         vision=args.vision, text=args.text, dataset=args.dataset, output_dir="", kind="probe", cache_dir=args.cache_dir,
-        epochs=args.epochs, eval_every=args.epochs, seed=args.seed, held_back=args.held_back, max_images=args.max_images,
+        epochs=args.epochs, batch_size=256, eval_every=args.epochs, seed=args.seed, held_back=args.held_back, max_images=args.max_images,
     )  # fmt: skip
     vision, text = load_encoders(settings)
     ids = load_pairs(args.dataset, args.train_split, args.max_images).select_columns(["image_id"])

@@ -202,9 +202,7 @@ def cost_table(quick: dict, scale: dict) -> str:
         "|---|---|---|---|",
     ]
     for rows, entry in scale["rows"].items():
-        lines.append(
-            f"| {rows} | {entry['anonymous_mb']:,.0f} | {entry['peak_mb']:,.0f} | {entry['seconds']:.0f} |"
-        )
+        lines.append(f"| {rows} | {entry['anonymous_mb']:,.0f} | {entry['peak_mb']:,.0f} | {entry['seconds']:.0f} |")
     return "\n".join(lines)
 
 
