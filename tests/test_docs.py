@@ -10,7 +10,7 @@ from tests.conftest import REPO
 
 
 DOCUMENTS = ["README.md", "model_card.md", "training/README.md", "docs/blip-faults.md", "docs/experiments.md"]
-MADE_BY_COMMANDS = ("runs/", "demo.", "results.json", ".venv", "photo.jpg", "my_photos/", "holiday/")
+MADE_BY_COMMANDS = ("runs/", "demo.", "results.json", "align.json", ".venv", "photo.jpg", "my_photos/", "holiday/")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
