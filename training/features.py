@@ -6,7 +6,7 @@ A cache entry is a folder `<cache_dir>/<key>/` of shards `00000.npy`, ... (image
 are pooled, and `index.json`: their rows and checksums, and what they were computed from. The key is a hash of everything that the
 numbers depend on: tower weights, image processor, image bytes, views, pooling. So an entry is reused by whichever stage asks for the
 same thing, and never used for another. A shard is written under a temporary name and moved; one that is missing or damaged is computed
-again, the others are not. Memory does not grow with the number of images.
+again, the others are not.
 """
 
 import argparse
