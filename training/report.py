@@ -182,7 +182,7 @@ def alignment_table(alignment: dict) -> str:
     return "\n".join(
         [
             f"Retrieval among {alignment['images']:,} images and {alignment['captions']:,} captions of Flickr8k {alignment['split']}, frozen encoders, "
-            "trained on the rest of the training split; zero-shot: classes named by the captions.",
+            "trained on the training split less 400 images held back; zero-shot: classes named by the captions.",
             "",
             retrieval_table(alignment),
         ]
