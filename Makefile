@@ -38,7 +38,7 @@ test: .venv/installed  ## the tests (no network, nothing outside the repo)
 test-slow: .venv/installed  ## the checks that take minutes
 	$(RUN) -m pytest -q -m slow
 
-align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, trained and compared (half an hour)
+align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, trained and compared
 	for kind in probe sail rbm; do \
 		.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.align training/recipes/align-$$kind.yaml \
 			--vision $(VISION) checkpoints/blip-rbm-small --text $(TEXT) --dataset $(DATASET) --output_dir runs/align-$$kind || exit 1; \
