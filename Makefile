@@ -63,7 +63,6 @@ scale: .venv/installed  ## what the RBM stage takes: the ten-minute path on DATA
 		--model checkpoints/blip-rbm-small --dataset $(DATASET) --output_dir runs/scale/rbm --cache_dir runs/scale/features
 	cp runs/scale/rbm/rbm.json benchmarks/results/rbm_quick.json
 	$(RUN) -m benchmarks.scale --output benchmarks/results/scale.json
-	$(RUN) -m benchmarks.scale --streaming --output benchmarks/results/scale.json
 
 test-min: .venv-min/installed  ## the model's tests on transformers 4.57, in an environment of its own
 	.venv-min/bin/python -m pytest -q tests/test_rbm.py tests/test_configuration.py tests/test_modeling.py \

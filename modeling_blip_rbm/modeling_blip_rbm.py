@@ -685,6 +685,24 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         counted = mask[:, 1:] * mask[:, :-1]
         return (log_prob * counted).sum(-1), counted.sum(-1)
 
+    def _score_generated(self, outputs, prompt_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `score_captions`, of the tokens after the prompt, from the logits (steps of (R, vocabulary)) that `generate` has computed
+        anyway: decoding them once more took as long as decoding them. There may be more steps than the longest candidate has tokens."""
+        tokens = outputs.sequences[:, prompt_length:]
+        is_sep = (tokens == self.config.text_config.sep_token_id).long()
+        counted = (is_sep.cumsum(1) - is_sep == 0) & (tokens != self.decoder_pad_token_id)
+        rows = getattr(
+            outputs, "beam_indices", None
+        )  # in which row of the step's logits a token was chosen, -1 after the end
+        if rows is None:
+            rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
+        rows = rows[:, : tokens.shape[1]].clamp(min=0)
+        log_prob = torch.stack(
+            [step[row, token] - step.logsumexp(-1)[row] for step, row, token in zip(outputs.logits, rows.T, tokens.T)],
+            1,
+        )
+        return (log_prob * counted).sum(-1), counted.sum(-1)
+
     def _generate_reranked(self, encoding: ImageEncoding, **kwargs):
         config = self.config
         defaults = self.generation_config
@@ -694,14 +712,19 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         kwargs["num_return_sequences"] = n
         if not _setting(kwargs, defaults, "do_sample", False) or num_beams > 1:
             kwargs["num_beams"] = max(num_beams, n)
-        outputs = GenerationMixin.generate(self, **kwargs)
-        as_dict = isinstance(outputs, ModelOutput)
-        sequences = outputs.sequences if as_dict else outputs
-        scores = self.candidate_scores(encoding, sequences)  # (B, n)
+        as_dict = _setting(kwargs, defaults, "return_dict_in_generate", False)
+        with_logits = _setting(kwargs, defaults, "output_logits", False)
+        outputs = GenerationMixin.generate(self, **kwargs | {"return_dict_in_generate": True, "output_logits": True})
+        sequences = outputs.sequences
+        scores = self.candidate_scores(
+            encoding, sequences, self._score_generated(outputs, kwargs["input_ids"].shape[1])
+        )  # (B, n)
         best, order = scores.topk(wanted, dim=1)
         rows = (order + n * torch.arange(len(order), device=order.device)[:, None]).flatten()
         if not as_dict:
             return sequences[rows]
+        if not with_logits:
+            outputs.logits = None
         outputs.sequences = sequences[rows]
         for name in ("sequences_scores", "beam_indices"):
             if getattr(outputs, name, None) is not None:
@@ -738,10 +761,13 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         return words_said(sequences, columns, len(word_ids))
 
     @torch.no_grad()
-    def candidate_parts(self, encoding: ImageEncoding, sequences: torch.Tensor, similarities=None) -> dict:
+    def candidate_parts(
+        self, encoding: ImageEncoding, sequences: torch.Tensor, similarities=None, scored=None
+    ) -> dict[str, torch.Tensor]:
         """What re-rank weighs of the candidates (B * n, T) of B images: (B, n) each.
 
         Args:
+            scored: what `score_captions` gives of them, if it is known.
             similarities: kinds of `decoding_blip_rbm.caption_similarity`; default the config's.
 
         Returns:
@@ -751,7 +777,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         config, p = self.config, self.rbm_layer.rbm.parameters_fp32
         text = config.text_config
         n = len(sequences) // len(encoding.image_embeds)
-        log_prob, length = self.score_captions(encoding, sequences)
+        log_prob, length = scored or self.score_captions(encoding, sequences)
         words = self._words_said(sequences).view(-1, n, len(config.rbm_word_ids))
         pmi = pointwise_mutual_information(p, encoding.hidden_input[:, None], words)
         parts = {"log_prob": log_prob.view(-1, n), "length": length.view(-1, n), "pmi": pmi}
@@ -761,9 +787,9 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             parts[kind] = consensus(caption_similarity(sequences.view(len(words), n, -1), kind, special, q))
         return parts
 
-    def candidate_scores(self, encoding: ImageEncoding, sequences: torch.Tensor) -> torch.Tensor:
-        """(B, n) by which re-rank chooses among the candidates (B * n, T) of B images."""
-        config, parts = self.config, self.candidate_parts(encoding, sequences)
+    def candidate_scores(self, encoding: ImageEncoding, sequences: torch.Tensor, scored=None) -> torch.Tensor:
+        """(B, n) by which re-rank chooses among the candidates (B * n, T) of B images; `scored` as of `candidate_parts`."""
+        config, parts = self.config, self.candidate_parts(encoding, sequences, scored=scored)
         return rerank_scores(
             parts["log_prob"],
             parts["length"],

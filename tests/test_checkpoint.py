@@ -101,6 +101,17 @@ def test_results_are_of_this_config(embedded, results):
     assert {name: getattr(model.config, name) for name in measured} == measured
 
 
+def test_rerank_scores_are_those_of_the_candidates(embedded, photographs):
+    """Beams that end before the others: their log P comes from the right steps of decoding."""
+    model, processor = embedded
+    encoding = model.encode_image(**processor(images=photographs))
+    n = model.config.rbm_rerank_candidates
+    candidates = model.generate(encoding=encoding, rbm_rerank=False, num_beams=n, num_return_sequences=n)
+    chosen = model.generate(encoding=encoding, num_return_sequences=n, return_dict_in_generate=True)
+    expected = model.candidate_scores(encoding, candidates).sort(dim=1, descending=True).values
+    torch.testing.assert_close(chosen.rerank_scores, expected.flatten(), atol=1e-3, rtol=1e-3)
+
+
 def test_folded_for_inference_it_says_the_same(embedded, photographs):
     model, processor = embedded
     folded = copy.deepcopy(model).optimize_for_inference()

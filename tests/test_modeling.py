@@ -396,6 +396,34 @@ def test_scores_are_log_probabilities(model, pixel_values):
     assert length.tolist() == [min(len(row), out.sequences.shape[1] - 1) for row in captions_of(out.sequences)]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3}, {"do_sample": True, "num_beams": 1}, {"num_beams": 2, "do_sample": True}]
+)
+def test_rerank_scores_what_decoding_computed(model, pixel_values, settings, monkeypatch):
+    """log P of the candidates from the logits of decoding: as decoding them once more gives it; of the tokens after the prompt."""
+    encoding, seen = model.encode_image(pixel_values), []
+    of_outputs = model._score_generated
+    monkeypatch.setattr(
+        model,
+        "_score_generated",
+        lambda outputs, start: seen.append((outputs, of_outputs(outputs, start))) or seen[-1][1],
+    )
+    for prompt in (None, torch.tensor([[DEC, 41, 29]] * 5)):
+        model.generate(
+            encoding=encoding, input_ids=prompt, rbm_rerank=True, rbm_guidance=0.7, max_new_tokens=7, repetition_penalty=1.3,
+            num_return_sequences=2, **settings,
+        )  # fmt: skip
+        outputs, (log_prob, length) = seen.pop()
+        expected, tokens = model.score_captions(encoding, outputs.sequences)
+        if prompt is not None:
+            of_prompt = model.score_captions(encoding, prompt)
+            n = len(expected) // 5
+            expected = expected - of_prompt[0].repeat_interleave(n)
+            tokens = tokens - of_prompt[1].repeat_interleave(n)
+        torch.testing.assert_close(log_prob, expected, atol=1e-4, rtol=1e-4)
+        assert torch.equal(length, tokens)
+
+
 def test_rerank_returns_the_best_candidates_in_order(model, pixel_values):
     model.config.rbm_rerank_candidates = 7
     model.config.rbm_rerank_pmi, model.config.rbm_rerank_consensus = 0.7, 2.0
@@ -406,7 +434,8 @@ def test_rerank_returns_the_best_candidates_in_order(model, pixel_values):
         pixel_values, rbm_rerank=True, num_return_sequences=2, return_dict_in_generate=True, output_scores=True
     )
     best = scores.topk(2, dim=1)
-    torch.testing.assert_close(out.rerank_scores, best.values.flatten())
+    torch.testing.assert_close(out.rerank_scores, best.values.flatten(), atol=1e-4, rtol=1e-4)
+    assert out.logits is None  # were not asked for
     rows = (best.indices + 7 * torch.arange(5)[:, None]).flatten()
     assert_same_tokens(out.sequences, candidates[rows])
     assert len(out.sequences_scores) == len(out.sequences)

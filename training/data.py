@@ -90,7 +90,7 @@ class CaptionWords:
             np.frombuffer(ends, np.int64),
         )
         shape = (len(ends) - 1, len(word_ids))
-        self.matrix = csr_matrix((np.ones(len(indices), np.float32), indices, ends), shape=shape)
+        self.matrix = csr_matrix((np.ones(len(indices), bool), indices, ends), shape=shape)
         self.starts = np.cumsum(counts)
 
     def __len__(self) -> int:
@@ -98,13 +98,13 @@ class CaptionWords:
 
     def __getitem__(self, image: int) -> torch.Tensor:
         rows = slice(*self.starts[[image, image + 1]])
-        return torch.from_numpy(self.matrix[rows].toarray()).bool()
+        return torch.from_numpy(self.matrix[rows].toarray())
 
     def choose(self, images: np.ndarray, chance: np.ndarray) -> torch.Tensor:
         """(len(images), K) fp32: of each image the caption that its number in [0, 1) falls on."""
         counts = self.starts[images + 1] - self.starts[images]
         rows = self.starts[images] + (chance * counts).astype(np.int64)
-        return torch.from_numpy(self.matrix[rows].toarray())
+        return torch.from_numpy(self.matrix[rows].toarray()).float()
 
     def share(self, images: np.ndarray) -> torch.Tensor:
         """(K,) share of these images' captions that hold each word."""

@@ -30,6 +30,7 @@ from training.metrics import (
     bleu_of_statistics,
     bleu_statistics,
     corpus_diversity,
+    meteor,
     paired_bootstrap,
     rouge_l,
     tokenize,
@@ -50,11 +51,20 @@ class EvaluationArguments(MeasureArguments):
 
 
 @torch.no_grad()
-def caption_rows(model, processor, store, rows: Sequence[int], batch_size: int = 16, **generate_kwargs) -> list[str]:
-    """Captions of the images with these row numbers in a `FeatureStore`, in order; `generate_kwargs` as for `generate`."""
+def caption_rows(
+    model, processor, store, rows: Sequence[int], batch_size: int = 16, side_by_side: int = 1, **generate_kwargs
+) -> list[str]:
+    """Captions of the images with these row numbers in a `FeatureStore`, in order; `generate_kwargs` as for `generate`.
+
+    Args:
+        side_by_side: so many captions of every image are begun as rows of one batch.
+    """
     captions = []
     for start in tqdm(range(0, len(rows), batch_size), desc="caption", leave=False):
         features = store.batch(rows[start : start + batch_size])
+        if side_by_side > 1:
+            prompt = torch.full((len(features) * side_by_side, 1), model.decoder_input_ids)
+            generate_kwargs["input_ids"] = prompt
         captions += processor.captions(model.generate(vision_hidden_states=features, **generate_kwargs))
     return captions
 
@@ -182,6 +192,8 @@ def main():
             "seconds": vision + seconds,
             "seconds_of_vision": vision,
         }
+        if (by_java := meteor(captions[name], references)) is not None:
+            systems[name]["METEOR"] = 100 * by_java[0]
         print(name, {key: round(float(value), 3) for key, value in systems[name].items()})
     difference = differences(scores["BLIP-RBM"], scores["BLIP"])
     print("difference", difference)

@@ -2,6 +2,8 @@
 
     python -m training.evaluate_diversity --model checkpoints/blip-rbm-small --dataset flickr8k --output runs/diversity.json
 
+Diverse beam search (Vijayakumar et al., AAAI 2018) stands here with groups of one beam each: transformers 5 has left it to the Hub.
+
 For every way and every one of its settings: CIDEr-D of an image's captions (mean, and best of them), Div-2 and mBLEU-4 among
 them. A curve that lies above another is better at the same diversity; the picture beside `--output` shows them.
 """
@@ -14,7 +16,7 @@ import matplotlib
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import LogitsProcessor, set_seed
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from training.arguments import MeasureArguments, parse_arguments
@@ -38,7 +40,31 @@ class DiversityArguments(MeasureArguments):
     )
     temperatures: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8, 1.0], metadata={"help": "of sampling"})
     top_p: float = field(default=0.9, metadata={"help": "of nucleus sampling"})
+    penalties: list[float] = field(
+        default_factory=lambda: [0.5, 1.0, 2.0, 4.0], metadata={"help": "of diverse beam search, nats"}
+    )
     seed: int = field(default=0, metadata={"help": "of everything random"})
+
+
+class HammingDiversity(LogitsProcessor):
+    """Diverse beam search with groups of one beam: of an image's n captions, written side by side, each loses `penalty` nats on a
+    token for every one before it that says the same token at the same place.
+
+    Args:
+        n: captions of an image; the rows of the scores must be a multiple of it, an image's rows adjacent.
+    """
+
+    def __init__(self, n: int, penalty: float):
+        self.n, self.penalty = n, penalty
+
+    def __call__(self, input_ids, scores):
+        scores = scores.log_softmax(-1).view(-1, self.n, scores.shape[-1])
+        said = torch.zeros_like(scores[:, 0])
+        for group in range(self.n):
+            scores[:, group] -= self.penalty * said
+            chosen = scores[:, group].argmax(-1, keepdim=True)
+            said.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=said.dtype))
+        return scores.flatten(0, 1)
 
 
 def ways(args: DiversityArguments) -> dict[str, dict[str, dict]]:
@@ -51,6 +77,17 @@ def ways(args: DiversityArguments) -> dict[str, dict[str, dict]]:
         "sampling": {f"T {t:g}": sampling | {"temperature": t} for t in args.temperatures},
         f"nucleus {args.top_p:g}": {
             f"T {t:g}": sampling | {"temperature": t, "top_p": args.top_p} for t in args.temperatures
+        },
+        "diverse beams": {
+            f"{penalty:g}": {
+                "rbm": False,
+                "do_sample": False,
+                "num_beams": 1,
+                "num_return_sequences": 1,
+                "side_by_side": args.captions,
+                "logits_processor": [HammingDiversity(args.captions, penalty)],
+            }
+            for penalty in args.penalties
         },
         "beams": {"": {"rbm": False, "num_beams": args.captions}},
     }
@@ -87,8 +124,8 @@ def main():
         for label, kwargs in settings.items():
             set_seed(args.seed)
             flat = caption_rows(
-                model, processor, store, range(len(dataset)), num_return_sequences=n, max_new_tokens=args.max_new_tokens,
-                rbm_rerank=False, **kwargs,
+                model, processor, store, range(len(dataset)), max_new_tokens=args.max_new_tokens,
+                **{"num_return_sequences": n, "rbm_rerank": False, **kwargs},
             )  # fmt: skip
             captions = [flat[i : i + n] for i in range(0, len(flat), n)]
             cider = 100 * np.array([[scorer.score(i, c) for c in of_image] for i, of_image in enumerate(captions)])

@@ -18,6 +18,7 @@ COLUMNS = {
     "CIDEr-D": "{:.1f}",
     "BLEU-4": "{:.1f}",
     "ROUGE-L": "{:.1f}",
+    "METEOR": "{:.1f}",
     "vocabulary": "{:.0f}",
     "distinct_2": "{:.3f}",
     "novel": "{:.2f}",
@@ -27,14 +28,17 @@ COLUMNS = {
 
 def results_table(results: dict) -> str:
     settings, rbm = results["settings"], results["rbm"]
+    columns = {
+        key: form for key, form in COLUMNS.items() if key in results["systems"]["BLIP"]
+    }  # METEOR: where Java was
     lines = [
-        f"| {results['images']:,} images of {results['dataset']} {results['split']} | " + " | ".join(COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        f"| {results['images']:,} images of {results['dataset']} {results['split']} | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     for name, system in results["systems"].items():
-        lines.append(f"| {name} | " + " | ".join(form.format(system[key]) for key, form in COLUMNS.items()) + " |")
+        lines.append(f"| {name} | " + " | ".join(form.format(system[key]) for key, form in columns.items()) + " |")
     cells = []
-    for key in COLUMNS:
+    for key in columns:
         entry = results["difference"].get(key)
         cells.append(f"{entry['difference']:+.1f} [{entry['low']:+.1f}, {entry['high']:+.1f}]" if entry else "")
     lines.append("| difference [95 % interval] | " + " | ".join(cells) + " |")
