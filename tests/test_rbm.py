@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_blip_rbm.rbm import (
+    WORD_GAIN_ORDERS,
     GibbsState,
     JointRBM,
     RBMParameters,
@@ -175,6 +176,9 @@ def test_expansions_of_word_gains_converge(params):
         exact = word_gains(p, a)
         assert (word_gains(p, a, "first") - exact).abs().max() < first
         assert (word_gains(p, a, "second") - exact).abs().max() < second
+        for order in WORD_GAIN_ORDERS:
+            difference = word_gains(p, a, order) - word_gains(p, a.flip(0), order)
+            torch.testing.assert_close(word_gains(p, a, order, than=a.flip(0)), difference)
     with pytest.raises(ValueError, match="'third'.*exact, second, first"):
         word_gains(params, a, "third")
 
