@@ -12,7 +12,7 @@ STUDY ?= ../shared/weights/dinov2-small@4,6,8,10,12 checkpoints/blip-rbm-small
 RUN = .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help align capfilt scale demo test test-slow test-min check report train tutorial evaluate bench bench-generate clean
+.PHONY: help align capfilt diversity seeds scale demo test test-slow test-min check report train tutorial evaluate bench bench-generate clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -108,6 +108,22 @@ evaluate: .venv/installed  ## measure checkpoints/blip-rbm-small on DATASET's va
 		--output checkpoints/blip-rbm-small/confidence.json
 	mv checkpoints/blip-rbm-small/confidence.png docs/confidence.png
 
+# RBMs of other seeds on the embedded captioner, its decoding as it is.
+seeds: .venv/installed  ## train, tune and measure the RBM from 3 seeds on DATASET (3 hours on 2 cores)
+	for seed in 0 1 2; do \
+		.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train_rbm training/recipes/rbm-small.yaml \
+			--seed $$seed --model checkpoints/blip-rbm-small --dataset $(DATASET) --output_dir runs/rbm-$$seed || exit 1; \
+		$(RUN) -m training.tune_decoding training/recipes/decoding-small.yaml --prior 0 --repetition_penalty 1.1 --length_penalty 1.0 \
+			--model runs/rbm-$$seed/best --dataset $(DATASET) --output_dir runs/seed-$$seed || exit 1; \
+		$(RUN) -m training.evaluate_captions --model runs/seed-$$seed --dataset $(DATASET) \
+			--output benchmarks/results/captions_seed_$$seed.json || exit 1; \
+	done
+
+diversity: .venv/installed  ## several captions of an image: sampled causes beside sampling, nucleus, diverse and plain beams
+	$(RUN) -m training.evaluate_diversity --model checkpoints/blip-rbm-small --dataset $(DATASET) --max_images 200 \
+		--output benchmarks/results/diversity.json
+	mv benchmarks/results/diversity.png docs/diversity.png
+
 bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cost of the guide's word gains (needs a quiet machine)
 	.venv/bin/pip install --quiet $(PIP_FLAGS) -r benchmarks/requirements.txt
 	$(RUN) -m benchmarks.rbm --output benchmarks/results/rbm.json
@@ -117,7 +133,8 @@ bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cos
 	$(RUN) -m benchmarks.guidance
 
 bench-generate: .venv/installed  ## speed of generate beside transformers' own BLIP (20 minutes on a quiet machine)
-	$(RUN) -m benchmarks.generate --output benchmarks/results/generate.json
+	$(RUN) -m benchmarks.generate --batches 1 4 --dtypes float32 --output benchmarks/results/generate.json
+	$(RUN) -m benchmarks.folder --dataset $(DATASET) --output benchmarks/results/folder.json
 
 clean:  ## remove the environments and what demo wrote
 	rm -rf .venv .venv-min demo.html demo.png

@@ -40,10 +40,10 @@ class Ours:
         self.model, self.settings = model, settings
 
     def vision(self, pixels):
-        return self.model.encode_image(pixels)
+        return self.model.encode_image(pixels, rbm=self.settings.get("rbm", True))
 
     def decode(self, encoding, tokens, **kwargs):
-        return self.model.generate(encoding=encoding, **length(tokens), **self.settings, **kwargs)
+        return self.model.generate(encoding=encoding, **length(tokens), **kwargs | self.settings)
 
 
 class StockBLIP:
@@ -113,11 +113,22 @@ def blip_base(dtype, rbm_words: int = 1000):
     config = BlipConfig(vision_config={"image_size": 384}, text_config={"is_decoder": True})
     config.vision_config.initializer_range = 0.02
     stock = BlipForConditionalGeneration(config).to(dtype).eval()
-    ours = BlipRBMForConditionalGeneration.from_blip(stock, rbm_word_ids=list(range(2000, 2000 + rbm_words)))
+    words = list(range(2000, 2000 + rbm_words))
+    ours = BlipRBMForConditionalGeneration.from_blip(stock, rbm_word_ids=words, rbm_cause_tokens=4)
     contenders = {"stock BLIP": StockBLIP(stock), "BLIP-RBM, RBM off": Ours(ours, rbm=False)}
     ours.rbm_layer.rbm.word_weight.data.normal_(0, 0.2)
-    contenders["BLIP-RBM, guide on"] = Ours(ours, rbm_guidance=0.1, rbm_rerank=False)
-    return contenders, 384
+    ours.rbm_layer.gate.data.fill_(0.1)
+    contenders["BLIP-RBM, refine and guide"] = Ours(ours, rbm_guidance=0.1, rbm_rerank=False)
+    return contenders | reranked(ours), 384
+
+
+def reranked(model) -> dict:
+    """Re-rank of 10 sampled candidates, which needs no beams; beside the others with 3."""
+    return {
+        "BLIP-RBM, best of 10 samples": Ours(
+            model, do_sample=True, num_beams=1, rbm_guidance=0.1, rbm_rerank=True
+        )
+    }
 
 
 def embedded(dtype):
@@ -126,8 +137,9 @@ def embedded(dtype):
         "stock cache": StockCache(model, rbm=False),
         "BLIP-RBM, RBM off": Ours(model, rbm=False),
         "BLIP-RBM, guide on": Ours(model, rbm_rerank=False),
+        "BLIP-RBM, best of 10 beams": Ours(model),
     }
-    return contenders, 260
+    return contenders | reranked(model), 260
 
 
 def main():
@@ -151,7 +163,8 @@ def main():
             contenders, size = {"embedded": embedded, "blip_base": blip_base}[name](getattr(torch, dtype))
             loaded = (name, dtype)
         pixels = torch.randn(batch, 3, size, size, dtype=getattr(torch, dtype))
-        result = compare(contenders, pixels, args.pairs, num_beams=beams, do_sample=False)
+        among = {n: c for n, c in contenders.items() if beams > 1 or "best of" not in n}
+        result = compare(among, pixels, args.pairs, num_beams=beams, do_sample=False)
         for contender, entry in result.items():
             rows.append(
                 {"model": name, "dtype": dtype, "batch": batch, "beams": beams, "contender": contender, **entry}

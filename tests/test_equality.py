@@ -83,6 +83,8 @@ def test_the_captioner_stage_does_not_depend_on_how_a_batch_is_split(pairs, untr
     for name, (other_losses, other_weights) in results.items():
         assert other_losses == pytest.approx(losses, rel=1e-3), name  # as printed
         far = {key: (other_weights[key] - t).abs().max().item() for key, t in weights.items()}
+        apart = max(abs(a - b) for a, b in zip(other_losses, losses))
+        print(f"captioner {name}: losses {apart:.1e} apart, weights {max(far.values()):.1e}")  # shown by pytest -s
         assert max(far.values()) <= 1e-5, (name, max(far, key=far.get), max(far.values()))
 
 
@@ -98,8 +100,8 @@ def rbm_of(folder):
     return {name: t.double() for name, t in weights.items()}
 
 
-def same(ours, theirs, tolerance):
-    return all((t - theirs[name]).abs().max() <= tolerance for name, t in ours.items())
+def farthest(ours, theirs) -> float:
+    return max((t - theirs[name]).abs().max().item() for name, t in ours.items())
 
 
 def test_the_rbm_stage_does_not_depend_on_the_number_of_processes(rbm_command, tmp_path):
@@ -108,10 +110,11 @@ def test_the_rbm_stage_does_not_depend_on_the_number_of_processes(rbm_command, t
     in_process("train_rbm", *command, "--output_dir", "one", cwd=tmp_path)
     succeed("train_rbm", *command, "--output_dir", "two", cwd=tmp_path, launcher=TWO_PROCESSES)
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").open()] for name in ("one", "two")]
-    for ours, theirs in zip(*logs):
-        for term in ("words", "match", "sparsity"):
-            assert theirs[term] == pytest.approx(ours[term], abs=1e-5)
-    assert same(rbm_of(tmp_path / "one"), rbm_of(tmp_path / "two"), 1e-5)
+    terms = ("words", "match", "sparsity")
+    apart = max(abs(theirs[term] - ours[term]) for ours, theirs in zip(*logs) for term in terms)
+    far = farthest(rbm_of(tmp_path / "one"), rbm_of(tmp_path / "two"))
+    print(f"RBM, 2 processes: losses {apart:.1e} apart, weights {far:.1e}")
+    assert len(logs[0]) == len(logs[1]) == 3 and max(apart, far) <= 1e-5
 
 
 def killed_and_started_again(module, command, output_dir, appears, tmp_path):
@@ -138,7 +141,7 @@ def test_a_killed_rbm_run_ends_with_the_same_weights(rbm_command, tmp_path):
     in_process("train_rbm", *command, "--output_dir", "stopped", cwd=tmp_path)
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "stopped")]
     assert len(logs[0].splitlines()) == 4 and logs[0] == logs[1]
-    assert same(rbm_of(tmp_path / "whole"), rbm_of(tmp_path / "stopped"), 0)
+    assert farthest(rbm_of(tmp_path / "whole"), rbm_of(tmp_path / "stopped")) == 0
 
 
 def test_a_killed_captioner_run_ends_with_the_same_weights(pairs, untrained, tmp_path):
@@ -162,4 +165,4 @@ def test_a_killed_captioner_run_ends_with_the_same_weights(pairs, untrained, tmp
     assert not (tmp_path / "stopped" / "captioner.json").exists()
     in_process("train_captioner", *command, "--output_dir", "stopped", cwd=tmp_path)
     whole, stopped = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "stopped"))
-    assert same(whole, stopped, 0)
+    assert farthest(whole, stopped) == 0

@@ -54,6 +54,62 @@ def results_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def seeds_table(seeds: list[dict]) -> str:
+    """The difference that the RBM makes, of RBMs trained from different seeds."""
+    lines = ["| seed | CIDEr-D | BLEU-4 | ROUGE-L | METEOR | vocabulary |", "|---" * 6 + "|"]
+    for number, results in enumerate(seeds):
+        blip, ours = results["systems"].values()
+        cells = [
+            f"{entry['difference']:+.1f} [{entry['low']:+.1f}, {entry['high']:+.1f}]"
+            for entry in results["difference"].values()
+        ]
+        cells.append(f"{ours['METEOR'] - blip['METEOR']:+.1f}" if "METEOR" in ours else "")
+        cells.append(f"{ours['vocabulary'] / blip['vocabulary'] - 1:+.0%}")
+        lines.append(f"| {number} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def diversity_table(diversity: dict) -> str:
+    lines = [
+        "| way | setting | CIDEr-D, mean of an image's captions | best of them | Div-2 | mBLEU-4 |",
+        "|---" * 6 + "|",
+    ]
+    for way, settings in diversity["ways"].items():
+        for setting, entry in settings.items():
+            lines.append(
+                f"| {way} | {setting} | {entry['cider_mean']:.1f} | {entry['cider_best']:.1f} | {entry['div_2']:.2f} | {entry['mbleu_4']:.2f} |"
+            )
+    settings = diversity["settings"]
+    return "\n".join(
+        [*lines, "", f"{settings['captions']} captions of each of {diversity['images']} images of {settings['split']}."]
+    )
+
+
+def generate_table(speed: dict, folder: dict) -> str:
+    settings = speed["settings"]
+    lines = [
+        f"{settings['threads']} threads, {settings['new_tokens']} new tokens, medians of {settings['pairs']} rounds in turn; ratio: of stock's time to ours, "
+        "round by round.",
+        "",
+        "| model | images | beams | | images per second | vision s | decoding s | ratio | same tokens | cache MB |",
+        "|---" * 10 + "|",
+    ]
+    for row in speed["rows"]:
+        lines.append(
+            f"| {row['model']}, {row['dtype']} | {row['batch']} | {row['beams']} | {row['contender']} | {row['images_per_second']:.2f} | "
+            f"{row['vision']:.2f} | {row['decoding']:.2f} | {row['ratio']:.2f} | {'yes' if row['same_tokens'] else 'no'} | "
+            f"{row['cache_megabytes']:.0f} |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`blip-rbm caption FOLDER` on {folder['images']} photographs: {folder['images_per_second']:.1f} images per second, "
+            f"{folder['share_in_the_model']:.0%} of the time in the model ({folder['share_of_all_in_the_model']:.0%} with loading it).",
+        ]
+    )
+
+
 def ablation_table(results: dict) -> str:
     """Each strategy alone, and what costs as many beams without an RBM."""
     columns = ("CIDEr-D", "BLEU-4", "ROUGE-L", "vocabulary", "novel")
@@ -274,7 +330,10 @@ def blocks() -> dict[str, str]:
         "rbm-likelihood": rbm_likelihood_table(benchmark("rbm_likelihood.json")),
         "rbm-uses": rbm_uses_table(benchmark("digits_rbm.json")),
         "results": results_table(results),
+        "seeds": seeds_table([benchmark(f"captions_seed_{seed}.json") for seed in range(3)]),
         "ablation": ablation_table(results),
+        "diversity": diversity_table(benchmark("diversity.json")),
+        "speed": generate_table(benchmark("generate.json"), benchmark("folder.json")),
         "confidence": confidence_table(read("confidence.json")),
         "alignment": alignment_table(benchmark("alignment.json")),
         "study": study_table(benchmark("alignment_study.json")),
