@@ -1,6 +1,6 @@
 """Where the time of `blip-rbm caption FOLDER` goes: seconds in the model, in loading it, and in all else, on real images.
 
-    python -m benchmarks.folder --dataset flickr8k --output benchmarks/results/folder.json
+python -m benchmarks.folder --dataset flickr8k --output benchmarks/results/folder.json
 """
 
 import argparse

@@ -124,11 +124,7 @@ def blip_base(dtype, rbm_words: int = 1000):
 
 def reranked(model) -> dict:
     """Re-rank of 10 sampled candidates, which needs no beams; beside the others with 3."""
-    return {
-        "BLIP-RBM, best of 10 samples": Ours(
-            model, do_sample=True, num_beams=1, rbm_guidance=0.1, rbm_rerank=True
-        )
-    }
+    return {"BLIP-RBM, best of 10 samples": Ours(model, do_sample=True, num_beams=1, rbm_guidance=0.1, rbm_rerank=True)}
 
 
 def embedded(dtype):

@@ -5,18 +5,22 @@ research), texts only. The first caption plays the candidate.
 """
 
 import json
+import shutil
 
 import evaluate
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import REPO
+from training.evaluate_diversity import HammingDiversity
 from training.metrics import (
     CiderD,
     bleu,
     bleu_of_statistics,
     bleu_statistics,
     corpus_diversity,
+    meteor,
     paired_bootstrap,
     rouge_l,
     set_diversity,
@@ -107,6 +111,30 @@ def test_evaluate_modules(sets):
         assert metric.compute(predictions=sets[0], references=sets[1])[name] == pytest.approx(expected)
     metric = evaluate.load(str(REPO / "training" / "metrics" / "diversity.py"))
     assert metric.compute(predictions=sets[0])["vocabulary"] == corpus_diversity(sets[0])["vocabulary"]
+
+
+def test_meteor_is_left_out_without_java(sets, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert meteor(*sets) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("java") is None, reason="METEOR is a Java program")
+def test_meteor(sets):
+    of_corpus, each = meteor(*sets)
+    assert 0.15 < of_corpus < 0.4 and each.shape == (len(sets[0]),)
+    assert meteor(["a dog runs on grass"], [["a dog runs on grass"]])[0] == pytest.approx(1.0)
+
+
+def test_diverse_beams_lose_what_others_say_at_the_same_place():
+    """Two images, three captions side by side: each is told off for the tokens of those before it, and of its own image alone."""
+    scores = torch.tensor([[4.0, 3.0, 0.0, 0.0]] * 3 + [[0.0, 0.0, 5.0, 1.0]] * 3)
+    chosen = lambda penalty: HammingDiversity(3, penalty)(None, scores).argmax(-1).tolist()
+    assert chosen(0.0) == [0, 0, 0, 2, 2, 2]
+    assert chosen(1.5) == [0, 1, 0, 2, 2, 2]  # 4 - 1.5 < 3, then both are said once; 5 - 3 > 1
+    assert chosen(9.0) == [0, 1, 2, 2, 3, 0]
+    first = HammingDiversity(3, 9.0)(None, scores)[0]
+    torch.testing.assert_close(first, scores[0].log_softmax(-1))
 
 
 def test_diversity_by_hand():

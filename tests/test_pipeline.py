@@ -39,6 +39,7 @@ def test_lists_columns_and_generators_agree(captioner, images):
 
     same(captioner(images))
     same(captioner(images, batch_size=2))
+    same(captioner(images, batch_size=2, num_workers=1))
     same(captioner(dataset["image"]))
     same(captioner(image for image in images))
 
