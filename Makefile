@@ -108,12 +108,12 @@ evaluate: .venv/installed  ## measure checkpoints/blip-rbm-small on DATASET's va
 		--output checkpoints/blip-rbm-small/confidence.json
 	mv checkpoints/blip-rbm-small/confidence.png docs/confidence.png
 
-# RBMs of other seeds on the embedded captioner, its decoding as it is.
+# On the embedded captioner, with plain BLIP's decoding as it is; the RBM of seed 0 is the embedded one.
 seeds: .venv/installed  ## train, tune and measure the RBM from 3 seeds on DATASET (3 hours on 2 cores)
 	for seed in 0 1 2; do \
 		.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train_rbm training/recipes/rbm-small.yaml \
 			--seed $$seed --model checkpoints/blip-rbm-small --dataset $(DATASET) --output_dir runs/rbm-$$seed || exit 1; \
-		$(RUN) -m training.tune_decoding training/recipes/decoding-small.yaml --prior 0 --repetition_penalty 1.1 --length_penalty 1.0 --candidates 10 \
+		$(RUN) -m training.tune_decoding training/recipes/decoding-small.yaml --prior 0 --repetition_penalty 1.1 --length_penalty 1.0 \
 			--model runs/rbm-$$seed/best --dataset $(DATASET) --output_dir runs/seed-$$seed || exit 1; \
 		$(RUN) -m training.evaluate_captions --model runs/seed-$$seed --dataset $(DATASET) \
 			--output benchmarks/results/captions_seed_$$seed.json || exit 1; \

@@ -68,7 +68,7 @@ class RBMGuidance(LogitsProcessor):
         p = self.parameters
         explained = said @ p.U  # (R, H)
         a = self.hidden_input.repeat_interleave(said.shape[0] // self.hidden_input.shape[0], 0)
-        gains = word_gains(p, a + explained, self.order) - word_gains(p, p.c + explained, self.order)
+        gains = word_gains(p, a + explained, self.order, than=p.c + explained)
         return gains.clamp(-self.clip, self.clip) * (1 - said)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:

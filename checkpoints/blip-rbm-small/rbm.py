@@ -207,7 +207,9 @@ def centred_gradient(p: RBMParameters, gradient: RBMParameters, mean_h, mean_x=N
 WORD_GAIN_ORDERS = ("exact", "second", "first")
 
 
-def word_gains(p: RBMParameters, a: torch.Tensor, order: str = "exact") -> torch.Tensor:
+def word_gains(
+    p: RBMParameters, a: torch.Tensor, order: str = "exact", than: Optional[torch.Tensor] = None
+) -> torch.Tensor:
     """How far adding word k lowers the free energy, through the hidden units: (..., K) nats.
 
     F(x, w) - F(x, w + k) = b_k + sum_j log(1 + q_j (e^{U_kj} - 1)),  q = sigmoid(a),  a = `hidden_input`(x, w)
@@ -217,6 +219,7 @@ def word_gains(p: RBMParameters, a: torch.Tensor, order: str = "exact") -> torch
     Args:
         order: "exact" costs K*H logarithms a row. "second" and "first" are its expansions in U, each a matrix product:
             U q + 1/2 U^2 q(1 - q), and U q, which is biased low (Jensen).
+        than: another hidden input; the gains for it are taken off, which for the expansions costs no further product.
     """
     if order not in WORD_GAIN_ORDERS:
         raise ValueError(f"order is {order!r}; allowed: {', '.join(WORD_GAIN_ORDERS)}")
@@ -224,9 +227,14 @@ def word_gains(p: RBMParameters, a: torch.Tensor, order: str = "exact") -> torch
     if order == "exact":
         expm1 = torch.expm1(p.U)
         rows = [torch.log1p(row * expm1).sum(-1) for row in q.reshape(-1, q.shape[-1])]  # a row at a time: K*H memory
-        return torch.stack(rows).reshape(*q.shape[:-1], -1)
-    gains = q @ p.U.T
-    return gains if order == "first" else gains + 0.5 * (q * (1 - q)) @ (p.U**2).T
+        gains = torch.stack(rows).reshape(*q.shape[:-1], -1)
+        return gains if than is None else gains - word_gains(p, than)
+    mean, variance = q, q * (1 - q)
+    if than is not None:
+        q = torch.sigmoid(than)
+        mean, variance = mean - q, variance - q * (1 - q)
+    gains = mean @ p.U.T
+    return gains if order == "first" else gains + 0.5 * variance @ (p.U**2).T
 
 
 def pointwise_mutual_information(p: RBMParameters, a_image: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
