@@ -219,7 +219,7 @@ def main():
             "rbm": {
                 name: getattr(config, name)
                 for name in vars(config)
-                if name.startswith("rbm_") and name not in ("rbm_word_ids", "rbm_confidence")
+                if name.startswith("rbm_") and name not in ("rbm_word_ids", "rbm_confidence", "rbm_match")
             },
             "rbm_words": len(config.rbm_word_ids),
             "parameters": sum(p.numel() for p in model.parameters()),
