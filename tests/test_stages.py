@@ -160,7 +160,8 @@ def test_diversity(work, tuned, data, pairs):
     varied = ["--model", "tuned", "--dataset", pairs, "--output", "varied.json", *data[-2:], "--captions", 3]
     in_process("evaluate_diversity", *varied, "--causes", 0.5, "--temperatures", 1.0, "--max_new_tokens", 9, cwd=work)
     ways = json.loads((work / "varied.json").read_text())["ways"]
-    assert len(ways) == 4 and all(0 < e["div_2"] <= 1 for way in ways.values() for e in way.values())
+    assert list(ways) == ["hidden causes, 3 beams", "sampling", "nucleus 0.9", "diverse beams", "beams"]
+    assert all(0 < e["div_2"] <= 1 for way in ways.values() for e in way.values())
     assert (work / "varied.png").exists()
 
 
