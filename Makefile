@@ -12,7 +12,7 @@ STUDY ?= ../shared/weights/dinov2-small@4,6,8,10,12 checkpoints/blip-rbm-small
 RUN = .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help align capfilt diversity seeds scale demo test test-slow test-min check report train tutorial evaluate bench bench-generate clean
+.PHONY: help align capfilt diversity seeds scale demo test test-slow test-min check report train tutorial evaluate bench bench-generate bench-contrastive clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -109,7 +109,7 @@ evaluate: .venv/installed  ## measure checkpoints/blip-rbm-small on DATASET's va
 	mv checkpoints/blip-rbm-small/confidence.png docs/confidence.png
 
 # On the embedded captioner, with plain BLIP's decoding as it is; the RBM of seed 0 is the embedded one.
-seeds: .venv/installed  ## train, tune and measure the RBM from 3 seeds on DATASET (3 hours on 2 cores)
+seeds: .venv/installed  ## train, tune and measure the RBM from 3 seeds on DATASET (hours)
 	for seed in 0 1 2; do \
 		.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train_rbm training/recipes/rbm-small.yaml \
 			--seed $$seed --model checkpoints/blip-rbm-small --dataset $(DATASET) --output_dir runs/rbm-$$seed || exit 1; \
@@ -132,9 +132,12 @@ bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cos
 	mv benchmarks/results/digits_rbm.png docs/digits-rbm.png
 	$(RUN) -m benchmarks.guidance
 
-bench-generate: .venv/installed  ## speed of generate beside transformers' own BLIP (20 minutes on a quiet machine)
+bench-generate: .venv/installed  ## speed of generate beside transformers' own BLIP, time of captioning a folder (needs a quiet machine)
 	$(RUN) -m benchmarks.generate --batches 1 4 --dtypes float32 --output benchmarks/results/generate.json
 	$(RUN) -m benchmarks.folder --dataset $(DATASET) --output benchmarks/results/folder.json
+
+bench-contrastive: .venv/installed  ## memory of the contrastive losses at batches to 32,768
+	$(RUN) -m benchmarks.contrastive --output benchmarks/results/contrastive.json
 
 clean:  ## remove the environments and what demo wrote
 	rm -rf .venv .venv-min demo.html demo.png

@@ -2,8 +2,8 @@
 
     python -m benchmarks.contrastive --output benchmarks/results/contrastive.json
 
-Every size runs in a process of its own: loss and gradients of both embeddings, and at the smallest size the difference to the loss
-computed whole.
+Every size runs in a process of its own: loss and gradients of both embeddings, and where the batch is small enough the difference to the
+loss computed whole.
 """
 
 import argparse
@@ -19,7 +19,11 @@ from training.checkpoints import peak_memory_mb, write_json
 from training.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces, sigmoid_loss
 
 
-LOSSES = {"sigmoid": sigmoid_in_pieces, "infonce": info_nce_in_pieces}
+def whole_info_nce(z_image, z_text, image_owner, text_owner, scale, bias):
+    return info_nce(scale * z_image @ z_text.T + bias, image_owner, text_owner)
+
+
+LOSSES = {"sigmoid": (sigmoid_in_pieces, sigmoid_loss), "infonce": (info_nce_in_pieces, whole_info_nce)}
 
 
 def gradients(loss, z_image, z_text, *args):
@@ -29,24 +33,17 @@ def gradients(loss, z_image, z_text, *args):
     return value.item(), z_image.grad, z_text.grad
 
 
-def whole(kind: str):
-    if kind == "sigmoid":
-        return sigmoid_loss
-    return lambda zi, zt, image_owner, text_owner, scale, bias: info_nce(
-        scale * zi @ zt.T + bias, image_owner, text_owner
-    )
-
-
 def measure(kind: str, batch: int, dim: int, chunk: int, compare: bool) -> dict:
     torch.manual_seed(0)
     z_image, z_text = (F.normalize(torch.randn(batch, dim), dim=-1) for _ in range(2))
     owner = torch.arange(batch)
     settings = owner, owner, torch.tensor(20.0), torch.tensor(-10.0)
+    in_pieces, whole = LOSSES[kind]
     start = time.perf_counter()
-    value, *grads = gradients(LOSSES[kind], z_image, z_text, *settings, chunk)
+    value, *grads = gradients(in_pieces, z_image, z_text, *settings, chunk)
     result = {"loss": value, "seconds": time.perf_counter() - start, "peak_memory_mb": peak_memory_mb()}
     if compare:
-        expected, *their = gradients(whole(kind), z_image, z_text, *settings)
+        expected, *their = gradients(whole, z_image, z_text, *settings)
         result["loss_apart"] = abs(value - expected)
         result["gradients_apart"] = max((a - b).abs().max().item() for a, b in zip(grads, their))
     return result
@@ -61,7 +58,7 @@ def main():
     parser.add_argument("--output", help="results file")
     args = parser.parse_args()
     if args.kind:
-        compare = args.batches[0] <= 4096
+        compare = args.batches[0] <= 4096  # the loss computed whole holds several matrices of batch x batch
         print(json.dumps(measure(args.kind, args.batches[0], args.dim, args.chunk, compare)))
         return
     results = {}
@@ -73,9 +70,8 @@ def main():
             results[f"{kind}, {batch:,}"] = json.loads(out)
             print(f"{kind}, {batch:,}: {out.strip()}", flush=True)
     if args.output:
-        write_json(
-            args.output, {"dim": args.dim, "chunk": args.chunk, "threads": torch.get_num_threads(), "rows": results}
-        )
+        settings = {"dim": args.dim, "chunk": args.chunk, "threads": torch.get_num_threads()}
+        write_json(args.output, settings | {"rows": results})
 
 
 if __name__ == "__main__":

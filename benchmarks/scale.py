@@ -34,9 +34,8 @@ def make_pairs(folder: Path, rows: int):
 
     features = Features({"image": Image(), "captions": Sequence(Value("string")), "image_id": Value("string")})
     dataset = Dataset.from_generator(pairs, features=features, cache_dir=str(folder / "arrow"))
-    dataset.to_parquet(
-        folder / "train.parquet", batch_size=200
-    )  # rows of a group, which is what a reader holds: as in Flickr8k's files
+    # 200 rows a group, which is what a reader holds: as in Flickr8k's files
+    dataset.to_parquet(folder / "train.parquet", batch_size=200)
 
 
 def make_captioner(folder: Path):
@@ -80,16 +79,8 @@ def run(work: Path, data: Path, streaming: bool, epochs: int) -> dict[str, float
     """The RBM stage on these data."""
     command = [sys.executable, "-m", "training.train_rbm", "--model", f"{work}/captioner", "--dataset", str(data)]
     way = "streamed" if streaming else "whole"
-    command += [
-        "--output_dir",
-        f"{data}/{way}",
-        "--cache_dir",
-        f"{data}/cache-{way}",
-        "--views",
-        "1",
-        "--held_back",
-        "400",
-    ]
+    command += ["--output_dir", f"{data}/{way}", "--cache_dir", f"{data}/cache-{way}"]
+    command += ["--views", "1", "--held_back", "400"]
     command += ["--epochs", str(epochs), "--eval_every", str(epochs), "--num_words", "1000"]
     return watched([*command, "--streaming", str(streaming).lower()])
 

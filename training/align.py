@@ -176,7 +176,7 @@ class AlignmentData(torch.utils.data.Dataset):
     def texts(self, captions: np.ndarray):
         """(m, D) sentences and (m, K) words of the captions with these numbers."""
         sentences = torch.from_numpy(np.asarray(self.sentences[captions], dtype=np.float32))
-        return sentences, None if self.words is None else torch.from_numpy(self.words.matrix[captions].toarray())
+        return sentences, None if self.words is None else self.words.of_captions(captions)
 
     def captions_of(self, rows) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of all captions of these images, and whose each is."""
@@ -236,7 +236,7 @@ def new_aligner(args, data: AlignmentData) -> nn.Module:
     if args.kind != "rbm":
         hidden_size = args.hidden_size if args.kind == "sail" else None
         return Projection(image_size, text_size, args.dim, hidden_size, args.dropout, args.loss)
-    num_words = 0 if data.words is None else data.words.matrix.shape[1]
+    num_words = 0 if data.words is None else data.words.num_words
     return Energy(image_size, text_size, num_words, args.hidden_size, args.dropout)
 
 

@@ -97,14 +97,21 @@ class CaptionWords:
         return len(self.starts) - 1
 
     def __getitem__(self, image: int) -> torch.Tensor:
-        rows = slice(*self.starts[[image, image + 1]])
-        return torch.from_numpy(self.matrix[rows].toarray())
+        return self.of_captions(slice(*self.starts[[image, image + 1]]))
+
+    @property
+    def num_words(self) -> int:
+        return self.matrix.shape[1]
+
+    def of_captions(self, numbers: slice | np.ndarray) -> torch.Tensor:
+        """(n, K) bool of the captions with these numbers, all images' captions counted through."""
+        return torch.from_numpy(self.matrix[numbers].toarray())
 
     def choose(self, images: np.ndarray, chance: np.ndarray) -> torch.Tensor:
         """(len(images), K) fp32: of each image the caption that its number in [0, 1) falls on."""
         counts = self.starts[images + 1] - self.starts[images]
         rows = self.starts[images] + (chance * counts).astype(np.int64)
-        return torch.from_numpy(self.matrix[rows].toarray()).float()
+        return self.of_captions(rows).float()
 
     def share(self, images: np.ndarray) -> torch.Tensor:
         """(K,) share of these images' captions that hold each word."""

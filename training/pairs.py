@@ -205,7 +205,8 @@ def read_pairs(
         ValueError: if a column is missing, or nothing usable is left.
     """
     table, folder = read_table(str(path), split)
-    pyarrow.default_memory_pool().release_unused()  # what reading took and keeps in case it is needed again: 60 MB for 24,000 images
+    # what reading took, and keeps in case it is needed again: 60 MB for 24,000 images
+    pyarrow.default_memory_pool().release_unused()
     columns = table.column_names
     image_column = find_column(columns, image_column, IMAGE_COLUMNS, "image")
     caption_column = find_column(columns, caption_column, CAPTION_COLUMNS, "caption")

@@ -28,9 +28,8 @@ COLUMNS = {
 
 def results_table(results: dict) -> str:
     settings, rbm = results["settings"], results["rbm"]
-    columns = {
-        key: form for key, form in COLUMNS.items() if key in results["systems"]["BLIP"]
-    }  # METEOR: where Java was
+    measured = results["systems"]["BLIP"]  # METEOR only where there was Java
+    columns = {key: form for key, form in COLUMNS.items() if key in measured}
     lines = [
         f"| {results['images']:,} images of {results['dataset']} {results['split']} | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",

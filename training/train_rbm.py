@@ -128,7 +128,7 @@ class PooledPairs(torch.utils.data.Dataset):
     def __getitems__(self, indices) -> dict[str, torch.Tensor]:
         """A whole batch: pooled (B, V), w (B, K), noise (B, 1 + V + K) uniform in [0, 1)."""
         rows = self.rows[np.asarray(indices)]
-        size = 3 + self.store.shape[-1] + self.words.matrix.shape[1]
+        size = 3 + self.store.shape[-1] + self.words.num_words
         chance = np.stack(
             [np.random.default_rng([self.seed, self.epoch, row]).random(size, np.float32) for row in rows]
         )

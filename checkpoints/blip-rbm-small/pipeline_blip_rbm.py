@@ -18,9 +18,9 @@ class BlipRBMImageToTextPipeline(Pipeline):
     # [{"generated_text": "a dog runs on the beach", "score": 0.41, "words": {"dog": 0.93, "beach": 0.61, ...}}]
     ```
 
-    Takes a path, URL, PIL image, array, or a list, dataset column or generator of them. With `batch_size` and `num_workers=1` the next
-    files of a list are decoded while the model has a batch. For every image it returns a
-    list of `num_return_sequences` dicts:
+    Takes a path, URL, PIL image, array, or a list, dataset column or generator of them. With `batch_size` and
+    `num_workers=1` the next files of a list are decoded while the model has a batch. For every image it returns a list of
+    `num_return_sequences` dicts:
 
     - `generated_text`: the caption.
     - `score`: the geometric mean of the decoder's probability of its tokens, in [0, 1].
