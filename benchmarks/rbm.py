@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 
-def ours(precision, centred):
+def ours(precision, centred=True, compiled=False):
     from modeling_blip_rbm import RBM
 
     def epoch(X, hidden, batch):
@@ -25,6 +25,7 @@ def ours(precision, centred):
             hidden,
             precision=precision,
             centred=centred,
+            compiled=compiled,
             batch_size=batch,
             n_iter=1,
             momentum=0.0,
@@ -91,9 +92,12 @@ def plain_epoch(X, hidden, batch):
 
 
 CONTENDERS = {  # name: (epoch, precision of its bound)
-    "blip-rbm, auto": (lambda: ours("auto", True), None),
-    "blip-rbm, auto, not centred": (lambda: ours("auto", False), None),
-    "blip-rbm, float32": (lambda: ours("float32", True), "float32"),
+    "blip-rbm, auto, compiled": (lambda: ours("auto", compiled=True), None),
+    "blip-rbm, auto": (lambda: ours("auto"), None),
+    "blip-rbm, auto, not centred": (lambda: ours("auto", centred=False), None),
+    "blip-rbm, bfloat16, compiled": (lambda: ours("bfloat16", compiled=True), "bfloat16"),
+    "blip-rbm, float32, compiled": (lambda: ours("float32", compiled=True), "float32"),
+    "blip-rbm, float32": (lambda: ours("float32"), "float32"),
     "rbms 0.5.0": (lambda: rbms_epoch(True), "float32"),
     "rbms 0.5.0, not centred": (lambda: rbms_epoch(False), "float32"),
     "scikit-learn BernoulliRBM": (lambda: sklearn_epoch, "float32"),

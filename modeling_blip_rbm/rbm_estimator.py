@@ -99,6 +99,7 @@ class RBM(TransformerMixin, BaseEstimator):
         weight_decay: L2, on the weights only.
         sparsity_target: mean activity that hidden units are drawn to with `sparsity_cost` (Hinton 2010, section 11).
         precision: of the products of binary machines on a CPU: "float32", "bfloat16", "int8", or "auto" for the fastest.
+        compiled: sample binary machines with a kernel compiled for this processor (needs a C++ compiler; seconds, the first time).
         verbose: a progress bar.
         random_state: seed.
 
@@ -124,6 +125,7 @@ class RBM(TransformerMixin, BaseEstimator):
         sparsity_cost: float = 0.1,
         anneal: bool = True,
         precision: str = "auto",
+        compiled: bool = False,
         verbose: int = 0,
         random_state: Optional[int] = None,
     ):
@@ -142,6 +144,7 @@ class RBM(TransformerMixin, BaseEstimator):
         self.sparsity_cost = sparsity_cost
         self.anneal = anneal
         self.precision = precision
+        self.compiled = compiled
         self.verbose = verbose
         self.random_state = random_state
 
@@ -182,15 +185,16 @@ class RBM(TransformerMixin, BaseEstimator):
         self._mean_h = torch.full((self.n_components,), 0.5)
         self._chains, self._fast = None, None
         if binary:
-            self._fast = FastContrastiveDivergence(
-                self.precision, int(torch.randint(2**62, (), generator=self._generator))
-            )
-        groups = []
+            seed = int(torch.randint(2**62, (), generator=self._generator))
+            self._fast = FastContrastiveDivergence(self.precision, seed, self.compiled)
+        groups = {}  # as few as possible: a group is a call of the optimizer's kernel
         for name, parameter in self.model_.named_parameters():
             # a variance that moves as fast as the weights explodes (Melchior et al. 2017)
             rate = self.learning_rate * (0.1 if name == "image_log_var" else 1.0)
             decay = self.weight_decay if parameter is weight else 0.0
-            groups.append({"params": [parameter], "weight_decay": decay, "lr": rate})
+            settings = {"params": [], "weight_decay": decay, "lr": rate}
+            groups.setdefault((rate, decay), settings)["params"].append(parameter)
+        groups = list(groups.values())
         if self.optimizer == "adam":
             self._optimizer = torch.optim.Adam(groups, lr=self.learning_rate, fused=True)
         else:

@@ -1,6 +1,7 @@
 """RBM and DeepBeliefNetwork as a student meets them, on scikit-learn's digits."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ from sklearn.neural_network import BernoulliRBM
 from sklearn.pipeline import make_pipeline
 
 from modeling_blip_rbm import RBM, DeepBeliefNetwork, RBMParameters, log_partition_function, log_prob
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+COMPILED = [False, pytest.param(True, marks=needs_compiler, id="compiled")]
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +44,11 @@ def test_likelihood_of_held_back_digits(digits, fitted):
     assert {"free_energy_gap", "dead", "saturated", "seconds"} <= set(fitted.history_[-1])
 
 
-def test_likelihood_is_at_least_scikit_learns(digits):
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_likelihood_is_at_least_scikit_learns(digits, compiled):
     """Equal units, batches and epochs, scikit-learn's best of three rates; benchmarks/rbm_likelihood.py has more."""
     train, test = digits[:2]
-    ours = RBM(n_components=17, n_iter=20, batch_size=10, random_state=0).fit(train).score(test)
+    ours = RBM(n_components=17, n_iter=20, batch_size=10, compiled=compiled, random_state=0).fit(train).score(test)
     scores = []
     for rate in (0.01, 0.03, 0.1):
         peer = BernoulliRBM(17, n_iter=20, batch_size=10, learning_rate=rate, random_state=0).fit(train)
@@ -153,9 +159,10 @@ def test_sparsity_target(digits):
     assert distance(sparse) < 0.5 * distance(plain)
 
 
-def test_seed_decides(digits):
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_seed_decides(digits, compiled):
     fit = lambda seed, precision: (
-        RBM(11, n_iter=2, random_state=seed, precision=precision).fit(digits[0]).transform(digits[1])
+        RBM(11, n_iter=2, random_state=seed, precision=precision, compiled=compiled).fit(digits[0]).transform(digits[1])
     )
     for precision in ("float32", "int8"):
         np.testing.assert_array_equal(fit(5, precision), fit(5, precision))
@@ -221,8 +228,9 @@ def test_divergence_and_collapse_are_said(digits):
         RBM(31, learning_rate=50.0, n_iter=3, random_state=0, centred=False).fit(digits[0])
 
 
-def test_pickled_and_back(digits):
-    rbm = RBM(11, n_iter=1, random_state=0).fit(digits[0])
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_pickled_and_back(digits, compiled):
+    rbm = RBM(11, n_iter=1, compiled=compiled, random_state=0).fit(digits[0])
     again = pickle.loads(pickle.dumps(rbm))
     np.testing.assert_array_equal(again.transform(digits[1]), rbm.transform(digits[1]))
     np.testing.assert_array_equal(again.sample(3, 5), rbm.sample(3, 5))

@@ -1,14 +1,26 @@
 """The fast products against the reference in rbm.py."""
 
+import shutil
+
 import pytest
 import torch
 
 from modeling_blip_rbm.rbm import GibbsState, RBMParameters, contrastive_divergence
-from modeling_blip_rbm.rbm_fast import PRECISIONS, FastContrastiveDivergence, fastest_precision, matrix_rates
+from modeling_blip_rbm.rbm_fast import (
+    PRECISIONS,
+    FastContrastiveDivergence,
+    compiled_kernels,
+    fastest_precision,
+    matrix_rates,
+)
 
 
 K, H, B = 37, 23, 41
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 2e-2}
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+COMPILED = [False, pytest.param(True, marks=needs_compiler, id="compiled")]
 
 
 def machine(std, seed=3):
@@ -17,19 +29,20 @@ def machine(std, seed=3):
     return RBMParameters(c=r(H), U=r(K, H), b=r(K))
 
 
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("steps", [1, 3])
-def test_gradient_is_the_reference_where_nothing_is_left_to_chance(precision, steps):
+def test_gradient_is_the_reference_where_nothing_is_left_to_chance(precision, steps, compiled):
     """With huge weights every unit is certain given the other layer, so both sample the same states."""
     g = torch.Generator().manual_seed(3)
     U = 100.0 * torch.randint(-1, 2, (K, H), generator=g)  # exact in every precision
     p = RBMParameters(c=torch.full((H,), -50.0), U=U, b=torch.full((K,), -50.0))  # no input is 0
     v = (torch.rand(B, K) < 0.3).float()
     chains = (torch.rand(43, H) < 0.5).float()
-    for start in (None, chains):
+    for start in (None, chains, chains[:B]):
         state = None if start is None else GibbsState(start, w=torch.zeros(len(start), K))
         expected, after = contrastive_divergence(p, w=v, steps=steps, chains=state)
-        gradient, h, _ = FastContrastiveDivergence(precision, seed=0).gradient(p, v, start, steps)
+        gradient, h, _ = FastContrastiveDivergence(precision, 0, compiled).gradient(p, v, start, steps)
         assert torch.equal(h.float(), after.h)
         for name in ("c", "U", "b"):
             torch.testing.assert_close(
@@ -37,14 +50,15 @@ def test_gradient_is_the_reference_where_nothing_is_left_to_chance(precision, st
             )
 
 
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_mean_gradient_is_the_reference(precision):
+def test_mean_gradient_is_the_reference(precision, compiled):
     p, v = machine(0.4), (torch.rand(B, K) < 0.3).float()
     chains = (torch.rand(5000, H) < 0.5).float()
     g = torch.Generator().manual_seed(0)
     state = GibbsState(chains, w=torch.zeros(5000, K))
     expected = [contrastive_divergence(p, w=v, chains=state, generator=g)[0] for _ in range(10)]
-    fast = FastContrastiveDivergence(precision, seed=0)
+    fast = FastContrastiveDivergence(precision, 0, compiled)
     actual = []
     for _ in range(10):
         gradient, _, mean_q = fast.gradient(p, v, chains)
@@ -55,10 +69,11 @@ def test_mean_gradient_is_the_reference(precision):
         torch.testing.assert_close(*means, atol=0.02, rtol=0)
 
 
-def test_small_probabilities_keep_their_mean():
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_small_probabilities_keep_their_mean(compiled):
     """q is rounded at random: a unit that is on once in a thousand samples still gets its gradient."""
     p = RBMParameters(c=torch.full((H,), -6.9), U=torch.zeros(K, H), b=torch.zeros(K))
-    fast, v = FastContrastiveDivergence("int8", seed=0), torch.ones(2003, K)
+    fast, v = FastContrastiveDivergence("int8", 0, compiled), torch.ones(2003, K)
     _, _, mean_q = fast.gradient(p, v)
     assert mean_q.mean().item() == pytest.approx(0.001, rel=0.3)
 
@@ -68,6 +83,67 @@ def test_uniform_numbers_are_uniform():
     assert 0 <= u.min() and u.max() < 2**16 and torch.equal(u, u.floor())
     assert (u.mean() / 2**16).item() == pytest.approx(0.5, abs=0.005)
     assert (u.var() / 2**32).item() == pytest.approx(1 / 12, abs=0.002)
+
+
+@needs_compiler
+def test_compiled_samples_are_independent_and_have_their_probabilities():
+    """Of neighbouring units, of the two halves of a row, which share their random bits, of rows, and of calls one after another."""
+    rows, units = 20011, 11  # an odd width: its last unit has bits of its own
+    prob = torch.linspace(0.05, 0.95, units)
+    fast = FastContrastiveDivergence("float32", 0, compiled=True)
+    fast.choose(rows, units, units)
+    calls = []
+    for _ in range(2):
+        state = torch.empty(rows, units)
+        total = fast.sample_units(torch.zeros(rows, units), torch.logit(prob), torch.ones(units), state, None)
+        assert torch.equal(total, state.sum(0))
+        calls.append(state)
+    standard_error = (prob * (1 - prob) / rows).sqrt()
+    assert ((calls[0].mean(0) - prob).abs() < 4.5 * standard_error).all()
+    centred = [(state - prob) / (prob * (1 - prob)).sqrt() for state in calls]
+    pairs = [(centred[0], centred[0]), (centred[0], centred[1]), (centred[0][:-1], centred[0][1:])]
+    for number, (a, b) in enumerate(pairs):
+        correlation = a.T @ b / len(a)
+        if number == 0:
+            correlation -= torch.diag(correlation.diagonal())
+        assert correlation.abs().max() < 4.5 / rows**0.5
+
+
+@needs_compiler
+@pytest.mark.parametrize("std", [0.01, 3.0])
+def test_compiled_rounding_is_that_of_torch(std):
+    U = machine(std).U.contiguous()
+    U[:, 5] = 0  # a unit without weights
+    plain, compiled = PRECISIONS["int8"](), PRECISIONS["int8"]()
+    plain.load(U)
+    compiled.load(U, compiled_kernels())
+    for name in ("up_scale", "down_scale"):
+        torch.testing.assert_close(getattr(compiled, name), getattr(plain, name))
+    for name in ("up_weight", "down_weight"):
+        assert (getattr(compiled, name).int() - getattr(plain, name).int()).abs().max() <= 1
+
+
+@needs_compiler
+def test_compiled_kernels_refuse_wrong_shapes():
+    sample = compiled_kernels().sample
+    a, row = torch.zeros(3, 5), torch.ones(5)
+    with pytest.raises(RuntimeError, match="must be asked for"):
+        sample(a, row, row, 0, None, None, row)
+    with pytest.raises(RuntimeError, match="of the shape of a"):
+        sample(a, row, row, 0, torch.zeros(3, 7), None, row)
+    with pytest.raises(RuntimeError, match="no kernel for"):
+        sample(a.double(), row, row, 0, a.clone(), None, row)
+
+
+def test_no_compiler_is_said(monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("Ninja is required to load C++ extensions")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", fails)
+    compiled_kernels.cache_clear()
+    with pytest.raises(RuntimeError, match="compiled=True, but rbm_kernels.cpp could not.*use compiled=False.*Ninja"):
+        FastContrastiveDivergence("float32", 0, compiled=True)
+    compiled_kernels.cache_clear()
 
 
 def test_inputs_are_left_alone():

@@ -7,10 +7,14 @@ A step of CD-1 or PCD-1 is five products of V*H multiply-adds a sample: 10 V H F
 - A unit is sampled as the integer part of P + u with 16-bit u: a sum and a conversion, no comparison, cheap numbers.
 
 `fastest_precision` measures what a processor is good at; `tests/test_rbm_fast.py` holds each against `rbm.py`, the reference.
+
+With fast products, sampling is half of the time: each of its half a dozen operations goes over memory once. `rbm_kernels.cpp` does them
+in one pass; it is compiled (seconds, kept by PyTorch for the next time) if asked for, as it takes a C++ compiler.
 """
 
 import time
 from functools import lru_cache
+from pathlib import Path
 from typing import Optional
 
 import numpy as np
@@ -33,6 +37,14 @@ class Workspace(dict):
         return tensor
 
 
+def add_product(out: torch.Tensor, product: torch.Tensor, weight: float, add: bool):
+    """out = weight * product, added to what it holds if `add`."""
+    if add:
+        out.add_(product.to(out.dtype), alpha=weight)
+    else:
+        out.copy_(product).mul_(weight)  # torch.mul(product, weight, out=out) would make a copy first
+
+
 class FloatProducts:
     """The products in `dtype`, accumulated in fp32 by the processor's library."""
 
@@ -42,32 +54,32 @@ class FloatProducts:
     def __init__(self, dtype: torch.dtype):
         self.dtype, self.memory = dtype, Workspace()  # dtype: of states, and of the products
 
-    def load(self, U: torch.Tensor):
+    def load(self, U: torch.Tensor, kernels=None):
         same = self.dtype == U.dtype
         self.up_weight = U if same else self.memory.get_tensor("U", U.shape, self.dtype).copy_(U)
+        self.down_scale, self.up_scale = (self.memory.get_tensor(name, (n,)).fill_(1) for name, n in zip("VH", U.shape))
 
-    def _product(self, bias, a, b, name):
-        out = self.memory.get_tensor(name, (len(a), b.shape[1]), self.dtype)
-        torch.addmm(bias.to(self.dtype), a, b, out=out)
-        return out if self.dtype == torch.float32 else self.memory.get_tensor(name + "_32", out.shape).copy_(out)
+    def _product(self, a, b, name):
+        return torch.mm(a, b, out=self.memory.get_tensor(name, (len(a), b.shape[1]), self.dtype))
 
-    def up(self, v: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """c + v U, (n, H) fp32, until the next call."""
-        return self._product(c, v, self.up_weight, "up")
+    def up(self, v: torch.Tensor) -> torch.Tensor:
+        """v U, (n, H), until the next call; to be multiplied by `up_scale` (H,)."""
+        return self._product(v, self.up_weight, "up")
 
-    def down(self, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """b + h U', (n, V) fp32, until the next call."""
-        return self._product(b, h, self.up_weight.T, "down")
+    def down(self, h: torch.Tensor) -> torch.Tensor:
+        """h U', (n, V), until the next call; to be multiplied by `down_scale` (V,)."""
+        return self._product(h, self.up_weight.T, "down")
 
     def encode(self, q: torch.Tensor, u: torch.Tensor, out: torch.Tensor):
         """out (n, H), in `dtype`: what `outer` takes for the probabilities q. u: as from `uniform`."""
         out.copy_(q)
 
-    def outer(self, v: torch.Tensor, code: torch.Tensor, out: torch.Tensor, weight: float):
-        """out (V, H) += weight * v'q."""
+    def outer(self, v: torch.Tensor, code: torch.Tensor, out: torch.Tensor, weight: float, add: bool):
+        """out (V, H) = weight * v'q, added to what it holds if `add`."""
         if self.dtype == torch.float32:
-            return out.addmm_(v.T, code, alpha=weight)
-        return out.add_(v.T @ code, alpha=weight)
+            torch.addmm(out, v.T, code, beta=float(add), alpha=weight, out=out)
+        else:
+            add_product(out, self._product(v.T, code, "outer"), weight, add)
 
     def sum(self, states: torch.Tensor) -> torch.Tensor:
         """Sum over the samples, fp32, of v, h or q as encoded."""
@@ -83,34 +95,36 @@ class IntegerProducts:
     def __init__(self):
         self.memory = Workspace()
 
-    def _rounded(self, U, size, dim, name):
-        scale = size.amax(dim, keepdim=True).clamp_(min=1e-12).div_(127)
-        rounded = torch.mul(U, 1 / scale, out=self.memory.get_tensor("scaled", U.shape)).round_()
-        return self.memory.get_tensor(name, U.shape, torch.int8).copy_(rounded), scale.squeeze(dim)
-
-    def load(self, U: torch.Tensor):
-        size = torch.abs(U, out=self.memory.get_tensor("size", U.shape))
-        self.up_weight, self.up_scale = self._rounded(U, size, 0, "up_weight")
-        self.down_weight, self.down_scale = self._rounded(U, size, 1, "down_weight")
+    def load(self, U: torch.Tensor, kernels=None):
+        weights = [self.memory.get_tensor(name, U.shape, torch.int8) for name in ("up_weight", "down_weight")]
+        scales = [
+            self.memory.get_tensor(name, (n,)) for name, n in (("up_scale", U.shape[1]), ("down_scale", U.shape[0]))
+        ]
+        if kernels is not None:
+            kernels.round_weights(U, *weights, *scales)
+        else:
+            size = torch.abs(U, out=self.memory.get_tensor("size", U.shape))
+            for dim, weight, scale in zip((0, 1), weights, scales):
+                torch.amax(size, dim, out=scale).clamp_(min=1e-10).div_(127)
+                scaled = torch.div(U, scale.unsqueeze(dim), out=self.memory.get_tensor("scaled", U.shape))
+                weight.copy_(scaled.round_())
+        self.up_weight, self.down_weight = weights
+        self.up_scale, self.down_scale = scales
 
     def _product(self, a, b, name):
-        shape = (a.shape[0], b.shape[1])
-        product = torch._int_mm(a, b, out=self.memory.get_tensor(name, shape, torch.int32))
-        return self.memory.get_tensor(name + "_32", shape).copy_(product)
+        return torch._int_mm(a, b, out=self.memory.get_tensor(name, (len(a), b.shape[1]), torch.int32))
 
-    def up(self, v: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        a = self._product(v, self.up_weight, "up")
-        return torch.addcmul(c, a, self.up_scale, out=a)
+    def up(self, v: torch.Tensor) -> torch.Tensor:
+        return self._product(v, self.up_weight, "up")
 
-    def down(self, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        a = self._product(h, self.down_weight.T, "down")
-        return torch.addcmul(b, a, self.down_scale, out=a)
+    def down(self, h: torch.Tensor) -> torch.Tensor:
+        return self._product(h, self.down_weight.T, "down")
 
     def encode(self, q: torch.Tensor, u: torch.Tensor, out: torch.Tensor):
         out.copy_(q.add_(u, alpha=UNIT / self.one).mul_(self.one))  # cuts the fraction off
 
-    def outer(self, v: torch.Tensor, code: torch.Tensor, out: torch.Tensor, weight: float):
-        return out.add_(self._product(v.T, code, "outer"), alpha=weight / self.one)
+    def outer(self, v: torch.Tensor, code: torch.Tensor, out: torch.Tensor, weight: float, add: bool):
+        add_product(out, self._product(v.T, code, "outer"), weight / self.one, add)
 
     def sum(self, states: torch.Tensor) -> torch.Tensor:
         return torch._int_mm(torch.ones(1, len(states), dtype=torch.int8), states)[0].float()
@@ -164,20 +178,53 @@ def fastest_precision(batch: int, visible: int, hidden: int) -> str:
     return max(rates, key=rates.get)
 
 
+@lru_cache
+def compiled_kernels():
+    """The functions of `rbm_kernels.cpp`, compiled for this processor at the first call on a machine.
+
+    Raises:
+        RuntimeError: where they cannot be compiled.
+    """
+    from torch.utils.cpp_extension import load
+
+    source = Path(__file__).with_name("rbm_kernels.cpp")
+    # -ffast-math lets the compiler make vectors of rounding; nothing here is NaN or infinite on purpose
+    flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp"]
+    # compiled code is kept in the home directory, which processors of several kinds may share
+    name = f"blip_rbm_kernels_{torch.backends.cpu.get_cpu_capability().lower()}"
+    try:
+        load(name, [str(source)], extra_cflags=flags, is_python_module=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        raise RuntimeError(
+            f"compiled=True, but {source.name} could not be compiled (it takes a C++ compiler, and ninja: pip install ninja); "
+            f"use compiled=False. The compiler said: {error}"
+        ) from error
+    return torch.ops.blip_rbm
+
+
 class FastContrastiveDivergence:
     """`rbm.contrastive_divergence` for one binary block on a CPU.
 
     Args:
         precision: "float32", "bfloat16", "int8", or "auto" for the fastest at the sizes of the first batch.
         seed: of the random numbers (NumPy's SFC64, several times faster here than PyTorch's generator).
+        compiled: sample with `rbm_kernels.cpp`, see `compiled_kernels`.
     """
 
-    def __init__(self, precision: str = "auto", seed: Optional[int] = None):
+    def __init__(self, precision: str = "auto", seed: Optional[int] = None, compiled: bool = False):
         if precision != "auto" and precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}; allowed are 'auto', {', '.join(map(repr, PRECISIONS))}")
         self.precision = precision
         self.products = None if precision == "auto" else PRECISIONS[precision]()
         self.bits, self.memory = np.random.SFC64(seed), Workspace()
+        self.compiled = compiled
+        if compiled:
+            compiled_kernels()
+
+    @property
+    def kernels(self):
+        """The compiled functions or None; asked for anew, as they cannot be pickled."""
+        return compiled_kernels() if self.compiled else None
 
     def choose(self, batch: int, visible: int, hidden: int) -> str:
         """The precision, settled now if it was "auto": data of its dtype (`products.dtype`) need no conversion later."""
@@ -200,22 +247,51 @@ class FastContrastiveDivergence:
         total = torch.add(prob, u, alpha=UNIT, out=self.memory.get_tensor("total", prob.shape))
         out.copy_(total if out.dtype == torch.int8 else total.floor_())  # int8 cuts the fraction off
 
-    def sample_hidden(self, v: torch.Tensor, c: torch.Tensor, h: torch.Tensor, code: torch.Tensor):
-        """Writes samples of P(h | v) into `h` (n, H) unless it is None, and the encoded probabilities into `code`."""
-        for start in range(0, len(v), BLOCK):
-            rows = slice(start, start + BLOCK)
-            q = self.products.up(v[rows], c).sigmoid_()
-            u = self.uniform(q.shape)
-            if h is not None:
-                self.sample(q, u, h[rows])
-            self.products.encode(q, u, code[rows])
+    def sample_units(self, a: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor, state, code) -> torch.Tensor:
+        """Units with the inputs bias + scale * a (n, K): writes their states, and their encoded probabilities, where not None.
+
+        Returns:
+            (K,) the sum over the rows of the probabilities as encoded, or else of the states, fp32.
+        """
+        if self.kernels is not None:
+            total = torch.empty_like(bias)
+            self.kernels.sample(a, bias, scale, int(self.bits.random_raw()) >> 1, state, code, total)
+            return total
+        prob = a if a.dtype == torch.float32 else self.memory.get_tensor("inputs", a.shape).copy_(a)
+        torch.addcmul(bias, prob, scale, out=prob).sigmoid_()
+        u = self.uniform(prob.shape)
+        if state is not None:
+            self.sample(prob, u, state)
+        if code is not None:
+            self.products.encode(prob, u, code)
+        return self.products.sum(state if code is None else code)
+
+    def _blocks(self, rows: int) -> list[slice]:
+        step = rows if self.kernels is not None else BLOCK  # what is done in one pass over memory needs no blocks
+        return [slice(start, start + step) for start in range(0, rows, step)]
+
+    def sample_hidden(self, v: torch.Tensor, c: torch.Tensor, h: Optional[torch.Tensor], code: torch.Tensor):
+        """Writes samples of P(h | v) into `h` (n, H) unless it is None, and the encoded probabilities into `code`.
+
+        Returns:
+            (H,) the sum of the probabilities over the samples.
+        """
+        total = 0
+        for rows in self._blocks(len(v)):
+            a = self.products.up(v[rows])
+            total += self.sample_units(a, c, self.products.up_scale, None if h is None else h[rows], code[rows])
+        return total / self.products.one
 
     def sample_visible(self, h: torch.Tensor, b: torch.Tensor, v: torch.Tensor):
-        """Writes samples of P(v | h) into `v` (n, V)."""
-        for start in range(0, len(h), BLOCK):
-            rows = slice(start, start + BLOCK)
-            prob = self.products.down(h[rows], b).sigmoid_()
-            self.sample(prob, self.uniform(prob.shape), v[rows])
+        """Writes samples of P(v | h) into `v` (n, V).
+
+        Returns:
+            (V,) their sum.
+        """
+        total = 0
+        for rows in self._blocks(len(h)):
+            total += self.sample_units(self.products.down(h[rows]), b, self.products.down_scale, v[rows], None)
+        return total
 
     def gradient(
         self, p: RBMParameters, v: torch.Tensor, chains: Optional[torch.Tensor] = None, steps: int = 1
@@ -233,23 +309,23 @@ class FastContrastiveDivergence:
         products, (visible, hidden) = self.products, p.U.shape
         n, m = len(v), len(v if chains is None else chains)
         tensor = lambda name, *shape: self.memory.get_tensor(name, torch.Size(shape), products.dtype)
-        products.load(p.U)
-        v = v.to(products.dtype)
-        h, sampled, code = tensor("h", m, hidden), tensor("v", m, visible), tensor("code", n, hidden)
-        self.sample_hidden(v, p.c, h if chains is None else None, code)
-        if chains is not None:
-            h.copy_(chains)  # nothing is done if it is what the last call returned
-        sum_q = products.sum(code)
-        dU = products.outer(v, code, self.memory.get_tensor("dU", p.U.shape).zero_(), -1 / n)
-        code = tensor("chain_code", m, hidden)
+        products.load(p.U, self.kernels)
+        # the data's rows above the chains', so that one product makes both halves of the gradient
+        states, codes, h = tensor("states", n + m, visible), tensor("codes", n + m, hidden), tensor("h", m, hidden)
+        states[:n].copy_(v)
+        sum_q = self.sample_hidden(states[:n], p.c, h if chains is None else None, codes[:n])
+        codes[:n].neg_()
+        if chains is not None and chains is not h:
+            h.copy_(chains)
         for _ in range(steps):
-            self.sample_visible(h, p.b, sampled)
-            self.sample_hidden(sampled, p.c, h, code)
-        products.outer(sampled, code, dU, 1 / m)
-        mean_q = sum_q / (n * products.one)
-        gradient = RBMParameters(
-            c=products.sum(code) / (m * products.one) - mean_q,
-            U=dU,
-            b=products.sum(sampled) / m - products.sum(v) / n,
-        )
+            sum_v = self.sample_visible(h, p.b, states[n:])
+            sum_q_model = self.sample_hidden(states[n:], p.c, h, codes[n:])
+        dU = self.memory.get_tensor("dU", p.U.shape)
+        if n == m:
+            products.outer(states, codes, dU, 1 / n, add=False)
+        else:
+            products.outer(states[:n], codes[:n], dU, 1 / n, add=False)
+            products.outer(states[n:], codes[n:], dU, 1 / m, add=True)
+        mean_q = sum_q / n
+        gradient = RBMParameters(c=sum_q_model / m - mean_q, U=dU, b=sum_v / m - products.sum(states[:n]) / n)
         return gradient, h, mean_q

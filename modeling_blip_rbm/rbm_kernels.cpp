@@ -1,0 +1,205 @@
+// Sampling of a layer of an RBM and rounding of its weights in one pass over memory each, for rbm_fast.py, which compiles this file
+// (torch.utils.cpp_extension) and says what the functions are for. The loops are plain C, so that the compiler makes vectors of them;
+// at::parallel_for runs them on PyTorch's own threads.
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+constexpr float UNIT = 0x1p-16f;    // random numbers are 16 bits
+constexpr float TINY = 1e-10f;      // least size of a weight that is rounded
+constexpr int64_t GRAIN = 1 << 15;  // units that are worth another thread
+
+// 32 random bits for a counter: the finalizer "lowbias32" of C. Wellons' hash-prospector, with a second key between its rounds.
+inline uint32_t random_bits(uint32_t counter, uint32_t key) {
+  counter ^= counter >> 16;
+  counter *= 0x7feb352du;
+  counter ^= key;
+  counter ^= counter >> 15;
+  counter *= 0x846ca68bu;
+  return counter ^ (counter >> 16);
+}
+
+// 1 / (1 + exp(-x)) to 6e-5 of itself, a quarter of what 16 random bits can tell: 2^t by its whole part, as the bits of a float's
+// exponent, and a polynomial in the rest.
+inline float sigmoid(float x) {
+  float t = x * -1.44269504f;
+  t = t < -30.0f ? -30.0f : t;
+  t = t > 30.0f ? 30.0f : t;
+  const float whole = std::rint(t), rest = t - whole;
+  float power = 0.99999994f + rest * (0.6931469f + rest * (0.24022661f + rest * (0.05550327f + rest * 0.0096181f)));
+  int32_t bits;
+  std::memcpy(&bits, &power, sizeof bits);
+  bits += static_cast<int32_t>(whole) << 23;
+  std::memcpy(&power, &bits, sizeof bits);
+  return 1.0f / (1.0f + power);
+}
+
+template <typename S>
+inline S whole_part(float x) {
+  return static_cast<S>(static_cast<float>(static_cast<int32_t>(x)));
+}
+template <>
+inline int8_t whole_part(float x) {
+  return static_cast<int8_t>(static_cast<int32_t>(x));
+}
+
+// What the outer product takes for a probability: itself, or 127 of it rounded at random, so that its mean is kept.
+template <typename S>
+inline S encoded(float prob, float u) {
+  return std::is_same_v<S, int8_t> ? whole_part<S>(127.0f * prob + u) : static_cast<S>(prob);
+}
+
+template <typename A, typename S, bool STATE, bool CODE>
+inline void sample_unit(A a, float bias, float scale, float u, S* state, S* code, float* sum) {
+  const float prob = sigmoid(bias + scale * static_cast<float>(a));
+  if (STATE) *state = whole_part<S>(prob + u);
+  if (CODE) *code = encoded<S>(prob, u);
+  *sum += static_cast<float>(CODE ? *code : *state);
+}
+
+// Two units share 32 random bits: number j of a row's first half and number j of its second.
+template <typename A, typename S, bool STATE, bool CODE>
+void sample_row(int64_t n, const A* a, const float* bias, const float* scale, uint32_t counter, uint32_t key, S* state, S* code,
+                float* sum) {
+  const auto unit = [&](int64_t j, uint32_t bits) {
+    const float u = UNIT * static_cast<float>(static_cast<int32_t>(bits));
+    sample_unit<A, S, STATE, CODE>(a[j], bias[j], scale[j], u, state + j, code + j, sum + j);
+  };
+  const int64_t half = n / 2;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < half; ++j) {
+    const uint32_t bits = random_bits(counter + static_cast<uint32_t>(j), key);
+    unit(j, bits >> 16);
+    unit(j + half, bits & 0xffff);
+  }
+  if (n % 2) unit(n - 1, random_bits(counter + static_cast<uint32_t>(half), key) >> 16);
+}
+
+// f(rows [begin, end), a row of `n` floats of this thread's own) for all rows; `merge` is then called with every thread's.
+template <typename F, typename M>
+void for_rows(int64_t rows, int64_t n, const F& f, const M& merge) {
+  std::vector<std::vector<float>> own(at::get_num_threads());
+  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / n), [&](int64_t begin, int64_t end) {
+    auto& mine = own[at::get_thread_num()];
+    if (mine.empty()) mine.resize(n);
+    f(begin, end, mine.data());
+  });
+  for (const auto& row : own) {
+    if (!row.empty()) merge(row.data());
+  }
+}
+
+template <typename A, typename S, bool STATE, bool CODE>
+void sample_rows(const at::Tensor& a, const at::Tensor& bias, const at::Tensor& scale, int64_t seed, S* state, S* code,
+                 const at::Tensor& sum) {
+  const int64_t n = a.size(1);
+  const auto counter = static_cast<uint32_t>(seed), key = static_cast<uint32_t>(seed >> 32);
+  const auto* inputs = a.const_data_ptr<A>();
+  const auto *b = bias.const_data_ptr<float>(), *s = scale.const_data_ptr<float>();
+  auto* total = sum.mutable_data_ptr<float>();
+  std::fill_n(total, n, 0.0f);
+  const auto sample = [&](int64_t begin, int64_t end, float* own) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto start = counter + static_cast<uint32_t>(i * (n / 2 + 1));
+      sample_row<A, S, STATE, CODE>(n, inputs + i * n, b, s, start, key, state + i * n, code + i * n, own);
+    }
+  };
+  for_rows(a.size(0), n, sample, [&](const float* own) {
+    for (int64_t j = 0; j < n; ++j) total[j] += own[j];
+  });
+}
+
+template <typename A, typename S>
+void sample_typed(const at::Tensor& a, const at::Tensor& bias, const at::Tensor& scale, int64_t seed,
+                  const std::optional<at::Tensor>& state, const std::optional<at::Tensor>& code, const at::Tensor& sum) {
+  auto* states = (state ? *state : *code).mutable_data_ptr<S>();
+  auto* codes = (code ? *code : *state).mutable_data_ptr<S>();
+  const auto run = state && code ? sample_rows<A, S, true, true> : state ? sample_rows<A, S, true, false> : sample_rows<A, S, false, true>;
+  run(a, bias, scale, seed, states, codes, sum);
+}
+
+// Units with inputs bias + scale * a (n, K): their states and encoded probabilities, where asked for, and the sum over the rows
+// of the probabilities as encoded, or else of the states.
+void sample(const at::Tensor& a, const at::Tensor& bias, const at::Tensor& scale, int64_t seed,
+            const std::optional<at::Tensor>& state, const std::optional<at::Tensor>& code, const at::Tensor& sum) {
+  TORCH_CHECK(state || code, "a state or a code must be asked for");
+  for (const auto* out : {&state, &code}) {
+    TORCH_CHECK(!*out || ((*out)->sizes() == a.sizes() && (*out)->is_contiguous()), "states and codes: contiguous, of the shape of a");
+  }
+  for (const auto* row : {&bias, &scale, &sum}) {
+    TORCH_CHECK(row->is_contiguous() && row->numel() == a.size(1), "bias, scale and sum (K,) for a (n, K)");
+  }
+  TORCH_CHECK(a.is_contiguous(), "a must be contiguous");
+  const auto in = a.scalar_type(), out = (state ? *state : *code).scalar_type();
+  if (in == at::kInt && out == at::kChar) return sample_typed<int32_t, int8_t>(a, bias, scale, seed, state, code, sum);
+  if (in == at::kBFloat16 && out == at::kBFloat16)
+    return sample_typed<at::BFloat16, at::BFloat16>(a, bias, scale, seed, state, code, sum);
+  TORCH_CHECK(in == at::kFloat && out == at::kFloat, "no kernel for ", in, " and ", out);
+  sample_typed<float, float>(a, bias, scale, seed, state, code, sum);
+}
+
+// U (V, H) rounded to 8 bits with a scale per column, and with a scale per row: that of 1/127 of its greatest weight.
+void round_weights(const at::Tensor& U, const at::Tensor& by_column, const at::Tensor& by_row, const at::Tensor& column_scale,
+                   const at::Tensor& row_scale) {
+  TORCH_CHECK(U.is_contiguous() && by_column.is_contiguous() && by_row.is_contiguous(), "contiguous weights are needed");
+  const int64_t rows = U.size(0), n = U.size(1);
+  const auto* weights = U.const_data_ptr<float>();
+  auto *c = column_scale.mutable_data_ptr<float>(), *r = row_scale.mutable_data_ptr<float>();
+  auto *columns_out = by_column.mutable_data_ptr<int8_t>(), *rows_out = by_row.mutable_data_ptr<int8_t>();
+  std::fill_n(c, n, TINY);
+  const auto measure = [&](int64_t begin, int64_t end, float* own) {
+    for (int64_t i = begin; i < end; ++i) {
+      float greatest = TINY;
+#pragma GCC ivdep
+      for (int64_t j = 0; j < n; ++j) {
+        const float size = std::fabs(weights[i * n + j]);
+        own[j] = own[j] > size ? own[j] : size;
+        greatest = greatest > size ? greatest : size;
+      }
+      r[i] = greatest;
+    }
+  };
+  for_rows(rows, n, measure, [&](const float* own) {
+    for (int64_t j = 0; j < n; ++j) c[j] = c[j] > own[j] ? c[j] : own[j];
+  });
+  std::vector<float> inverse(n);
+  for (int64_t j = 0; j < n; ++j) {
+    c[j] /= 127.0f;
+    inverse[j] = 1.0f / c[j];
+  }
+  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / n), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      r[i] /= 127.0f;
+      const float inverse_row = 1.0f / r[i];
+      const auto* columns = inverse.data();
+#pragma GCC ivdep
+      for (int64_t j = 0; j < n; ++j) {
+        const float weight = weights[i * n + j];
+        columns_out[i * n + j] = static_cast<int8_t>(static_cast<int32_t>(std::rint(weight * columns[j])));
+        rows_out[i * n + j] = static_cast<int8_t>(static_cast<int32_t>(std::rint(weight * inverse_row)));
+      }
+    }
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY(blip_rbm, library) {
+  library.def("sample(Tensor a, Tensor bias, Tensor scale, int seed, Tensor? state, Tensor? code, Tensor sum) -> ()");
+  library.def("round_weights(Tensor U, Tensor by_column, Tensor by_row, Tensor column_scale, Tensor row_scale) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(blip_rbm, CPU, library) {
+  library.impl("sample", sample);
+  library.impl("round_weights", round_weights);
+}
