@@ -23,9 +23,10 @@ from modeling_blip_rbm import RBM, RBMParameters, annealed_importance_sampling, 
 from modeling_blip_rbm.rbm_likelihood import base_rate_model
 
 
-def ours(precision):
+def ours(precision, compiled=False):
     def fit(X, hidden, batch, epochs, rate, seed):
-        rbm = RBM(hidden, learning_rate=rate, batch_size=batch, n_iter=epochs, precision=precision, random_state=seed)
+        settings = {"learning_rate": rate, "batch_size": batch, "n_iter": epochs, "random_state": seed}
+        rbm = RBM(hidden, precision=precision, compiled=compiled, **settings)
         return rbm.fit(X).model_.parameters_fp32
 
     return fit
@@ -61,6 +62,7 @@ def rbms(X, hidden, batch, epochs, rate, seed):
 LIBRARIES = {
     "blip-rbm, float32": ours("float32"),
     "blip-rbm, int8 products": ours("int8"),
+    "blip-rbm, int8 products, compiled": ours("int8", compiled=True),
     "scikit-learn BernoulliRBM": sklearn,
     "rbms 0.5.0": rbms,
 }
