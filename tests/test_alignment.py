@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from datasets import load_dataset
 from transformers import AutoModelForZeroShotImageClassification
 
-from modeling_blip_rbm import BlipRBMForImageTextRetrieval
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMForImageTextRetrieval
 from modeling_blip_rbm.rbm import RBMParameters, pairwise_mutual_information, pointwise_mutual_information
 from tests.conftest import WORD_IDS
 from tests.stages import in_process
+from training.align import AlignedTokens, load_image_layer
 from training.capfilt import shuffled
 from training.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces, sigmoid_loss
 from training.encoders import LayersOfTower, VisionEncoder
@@ -182,6 +184,40 @@ def test_study_of_encoders(work, pairs, towers):
     assert set(study["encoders"]) == {"vision@0", "vision@1", "vision@2"}
     assert all(0 <= entry["knn"] <= 1 and 0 <= entry["linear"] <= 1 for entry in study["encoders"].values())
     assert set(study["correlation_with_alignment"]) == {"knn", "linear"} and (work / "study.png").exists()
+
+
+def test_captioner_on_aligned_tokens(work, pairs, towers):
+    """Its way from image to words alone is trained, on tokens of the width of the aligned space."""
+    layer = ["--vision", towers / "vision", "--text", towers / "text", "--dataset", pairs, "--held_back", 8]
+    layer += ["--cache_dir", work / "features", "--epochs", 2, "--batch_size", 8, "--dim", 13]
+    in_process("align", *layer, "--output_dir", "one-tower", cwd=work)
+    with pytest.raises(SystemExit):
+        in_process("build_captioner", "--vision", "v", "--text", "t", "--aligned", "a", "--output_dir", "o", cwd=work)
+    start = ["--vision", towers / "vision", "--output_dir"]
+    in_process("build_captioner", *start, "trained", "--text", towers / "text", cwd=work)
+    in_process("build_captioner", *start, "start", "--decoder", "trained", "--aligned", "one-tower", cwd=work)
+    train = ["--model", "start", "--parts", "cross_attention", "--aligned", "one-tower", "--dataset", pairs]
+    train += ["--held_back", 8, "--views", 1, "--cache_dir", work / "features", "--output_dir", "captioner"]
+    train += ["--num_train_epochs", 1, "--eval_strategy", "epoch", "--save_strategy", "epoch", "--learning_rate", 1e-3]
+    in_process("train_captioner", *train, "--unigram_bias", "false", "--ema_decay", 0.5, cwd=work)
+    before, after = (
+        BlipRBMForConditionalGeneration.from_pretrained(work / name).state_dict()
+        for name in ("start", "captioner/last")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("projector" in name or "crossattention" in name for name in changed)
+    assert before["projector.linear.weight"].shape[1] == 13
+
+    tokens = torch.randn(2, 5, 22)  # a CLS token and 4 patches
+    layer = load_image_layer(work / "one-tower")
+    expected = layer(torch.cat([tokens[:, 0], tokens[:, 3]], 1))
+    torch.testing.assert_close(AlignedTokens(mock.Mock(), layer).aligned(tokens)[:, 3], expected)
+
+
+def test_image_layer_of_an_rbm_or_of_two_towers_is_refused(aligned):
+    work, _ = aligned
+    with pytest.raises(ValueError, match="kind 'rbm' on 2 towers; aligned tokens need probe or sail on one"):
+        load_image_layer(work / "rbm")
 
 
 # ---------------------------------------------------------------- retrieval and matching by energy, CapFilt

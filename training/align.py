@@ -120,6 +120,48 @@ class Projection(nn.Module):
         return in_pieces(z_image, z_text, *owners, self.log_scale.clamp(max=np.log(100.0)).exp(), self.bias, chunk)
 
 
+class AlignedTokens:
+    """A `FeatureStore` of tokens, each through the image layer of a trained `Projection` (before it is put on the sphere).
+
+    The layer has learned on pooled images, [CLS ; mean of the patches] or the mean; a token takes the place of the mean.
+    """
+
+    def __init__(self, store, layer: nn.Module):
+        self.store, self.layer, self.num_views = store, layer, store.num_views
+
+    @torch.no_grad()
+    def aligned(self, tokens: torch.Tensor) -> torch.Tensor:
+        if len(self.layer[0].weight) == 2 * tokens.shape[-1]:
+            tokens = torch.cat([tokens[..., :1, :].expand_as(tokens), tokens], dim=-1)
+        return self.layer(tokens)
+
+    def view(self, row: int, view: int = 0) -> torch.Tensor:
+        return self.aligned(self.store.view(row, view).float())
+
+    def batch(self, rows, view=0) -> torch.Tensor:
+        return self.aligned(self.store.batch(rows, view))
+
+
+def load_image_layer(run: str | Path) -> nn.Module:
+    """The image layer (n, V) -> (n, dim) of a finished `probe` or `sail` run on one tower that is pooled by its mean.
+
+    Raises:
+        FileNotFoundError: if the run has not ended.
+        ValueError: if it is of another kind.
+    """
+    settings = json.loads((Path(run) / "align.json").read_text())["align"]
+    if settings["kind"] == "rbm" or len(settings["vision"]) > 1:
+        raise ValueError(
+            f"{run} is of kind {settings['kind']!r} on {len(settings['vision'])} towers; aligned tokens need probe or sail on one"
+        )
+    weights = torch.load(Path(run) / "best.pt", weights_only=True)
+    image_size, text_size = (len(weights[f"{side}.0.weight"]) for side in ("image", "text"))
+    hidden_size = settings["hidden_size"] if settings["kind"] == "sail" else None
+    projection = Projection(image_size, text_size, settings["dim"], hidden_size, settings["dropout"], settings["loss"])
+    projection.load_state_dict(weights)
+    return projection.image.eval().requires_grad_(False)
+
+
 class Energy(nn.Module):
     """A joint RBM of image x, sentence t (one Gaussian block) and words w: similarity is PMI(t, w; x), as in re-rank."""
 

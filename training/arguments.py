@@ -78,10 +78,18 @@ class CaptionerArguments:
     parts: str = field(
         default="captioner",
         metadata={
-            "help": "what is trained: captioner (decoder and projector), lora (low-rank changes of the decoder's attention, merged "
+            "help": "what is trained: captioner (decoder and projector), cross_attention (projector and the decoder's "
+            "cross-attention, all else frozen), lora (low-rank changes of the decoder's attention, merged "
             "when saved), refine (the RBM layer's, all else frozen), or for comparison adapter (an MLP of as many parameters in "
             "refine's place)",
-            "choices": ["captioner", "lora", "refine", "adapter"],
+            "choices": ["captioner", "cross_attention", "lora", "refine", "adapter"],
+        },
+    )
+    aligned: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "output of training.align on this tower alone: cached tokens go through its image layer first, so that "
+            "the captioner sees the aligned space (its tower must be built with --aligned too)"
         },
     )
     lora_rank: int = field(default=16, metadata={"help": "rank of the changes with --parts lora"})

@@ -5,6 +5,9 @@
 
 The vision encoder becomes the tower, the BERT-type text encoder BLIP's decoder: its token-type row 0 is folded into the
 positions, cross-attention starts as a copy of self-attention, and two tokens are added, [DEC] and [ENC].
+
+With `--decoder` the words are those of a trained captioner and only the way from image to words is new; with `--aligned` as well, tokens
+are expected to have gone through an alignment layer: what SAIL's last claim is tested with (training/README.md).
 """
 
 import argparse
@@ -13,6 +16,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
+from training.align import load_image_layer
 from training.checkpoints import save_captioner
 
 
@@ -90,15 +94,49 @@ def _start_decoder_from_bert(decoder, bert: dict):
     transform.dense.weight.copy_(torch.eye(len(transform.dense.weight)))
 
 
+@torch.no_grad()
+def with_decoder_of(captioner: str, vision: str, aligned: str | None = None):
+    """A trained captioner's decoder on another tower, the projector untrained, cross-attention a copy of self-attention again.
+
+    Args:
+        captioner: folder or Hub id of a BLIP-RBM.
+        aligned: output of `training.align`: the projector takes tokens of its width, not of the tower's. Such a model captions cached
+            tokens (`train_captioner --aligned`), not pixels.
+    """
+    trained = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32)
+    tower = AutoModel.from_pretrained(vision, dtype=torch.float32)
+    words = trained.config.text_config.to_dict()
+    model = BlipRBMForConditionalGeneration(BlipRBMConfig(vision_config=tower.config, text_config=words))
+    if aligned is not None:
+        layer = load_image_layer(aligned)
+        shape = {"num_image_tokens": model.config.num_image_tokens}
+        shape["vision_hidden_size"] = layer(torch.zeros(1, len(layer[0].weight))).shape[1]
+        model = BlipRBMForConditionalGeneration(BlipRBMConfig(vision_config=tower.config, text_config=words, **shape))
+    model.vision_model.load_state_dict(tower.state_dict())
+    model.text_decoder.load_state_dict(trained.text_decoder.state_dict())
+    for block in model.text_decoder.bert.encoder.layer:
+        block.crossattention.load_state_dict(block.attention.state_dict(), strict=False)
+    tokenizer = BlipRBMProcessor.from_pretrained(captioner).tokenizer
+    return model, BlipRBMProcessor(AutoImageProcessor.from_pretrained(vision), tokenizer)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Build an untrained captioner from two unimodal models.")
     parser.add_argument("--vision", required=True, help="folder or Hub id of a vision model")
-    parser.add_argument("--text", required=True, help="folder or Hub id of a BERT-type text encoder")
+    language = parser.add_mutually_exclusive_group(required=True)
+    language.add_argument("--text", help="folder or Hub id of a BERT-type text encoder")
+    language.add_argument("--decoder", help="folder or Hub id of a trained captioner, in the place of --text")
+    parser.add_argument("--aligned", help="output of training.align; with --decoder")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    model, processor = build_captioner(args.vision, args.text)
+    if args.aligned and not args.decoder:
+        parser.error("--aligned needs --decoder: the captioner whose words the new one begins with")
+    if args.decoder:
+        model, processor = with_decoder_of(args.decoder, args.vision, args.aligned)
+    else:
+        model, processor = build_captioner(args.vision, args.text)
     save_captioner(model, processor, args.output_dir)
     print(f"{args.output_dir}: {sum(p.numel() for p in model.parameters()):,} parameters")
 

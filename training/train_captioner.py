@@ -32,6 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.modeling_blip_rbm import pool_tokens, vision_tokens
+from training.align import AlignedTokens, load_image_layer
 from training.arguments import CaptionerArguments, DataArguments, parse_arguments
 from training.checkpoints import peak_memory_mb, refuse_other_output, save_captioner, write_json
 from training.data import random_view, split_held_back
@@ -189,13 +190,15 @@ def trained_parts(model, captioner: CaptionerArguments) -> list[torch.nn.Paramet
     if captioner.parts == "adapter":
         model.rbm_layer = MLPAdapter(model.rbm_layer, model.config.text_config.encoder_hidden_size)
     layer = model.rbm_layer
+    cross_attention = [block.crossattention for block in model.text_decoder.bert.encoder.layer]
     modules = {
         "captioner": (model.projector, model.text_decoder),
+        "cross_attention": (model.projector, *cross_attention),
         "refine": (layer.shift, layer.causes if layer.cause_tokens else None) if captioner.parts == "refine" else (),
         "adapter": (layer.mlp,) if captioner.parts == "adapter" else (),
     }[captioner.parts]
     parameters = [p for module in modules if module is not None for p in module.parameters()]
-    if captioner.parts != "captioner":
+    if captioner.parts in ("refine", "adapter"):
         parameters.append(layer.gate)
     elif captioner.tower_learning_rate:
         parameters += last_share(list(model.vision_model.parameters()), captioner.tower_share)
@@ -487,7 +490,7 @@ def unigram_bias(token_ids: list[int], vocab_size: int, least: float = 0.01) -> 
 
 def load_captioner(captioner: CaptionerArguments) -> PackedCaptioner:
     """The model to go on from; to train refine or its like, with as many cause tokens as asked for."""
-    if captioner.parts in ("captioner", "lora"):
+    if captioner.parts in ("captioner", "cross_attention", "lora"):
         return PackedCaptioner.from_pretrained(captioner.model)
     config = BlipRBMConfig.from_pretrained(captioner.model)
     config.rbm_cause_tokens = captioner.cause_tokens
@@ -545,6 +548,8 @@ def main():
         with args.main_process_first(desc="encode"):
             card_file = Path(args.output_dir) / "pairs.json" if args.process_index == 0 else None
             dataset, store = load_features(data, model.vision_model, processor.image_processor, card_file=card_file)
+        if captioner.aligned:
+            store = AlignedTokens(store, load_image_layer(captioner.aligned))
         images = CachedViews(store)
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"][:]
