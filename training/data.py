@@ -2,6 +2,7 @@
 does."""
 
 import hashlib
+import tempfile
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from datasets import Dataset, Image
 from PIL import ImageEnhance, ImageOps
-from scipy.sparse import csr_matrix
 
 from modeling_blip_rbm.decoding_blip_rbm import word_columns
 
@@ -28,7 +28,8 @@ def split_held_back(dataset: Dataset, held_back: int, seed: int = 0) -> tuple[np
     """
     if not 0 <= held_back < len(dataset):
         raise ValueError(f"held_back is {held_back}, but must be at least 0 and less than the {len(dataset)} images")
-    keys = [hashlib.sha256(f"{seed}:{image_id}".encode()).hexdigest() for image_id in dataset["image_id"]]
+    digests = (hashlib.sha256(f"{seed}:{image_id}".encode()).digest() for image_id in dataset["image_id"])
+    keys = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64, len(dataset))
     order = np.argsort(keys, kind="stable")
     return np.sort(order[held_back:]), np.sort(order[:held_back])
 
@@ -70,7 +71,9 @@ def images_fingerprint(dataset: Dataset) -> str:
 
 
 class CaptionWords:
-    """Which of an RBM's words each caption holds, sparse: `words[i]` is bool (captions of image i, K).
+    """Which of an RBM's words each caption holds: `words[i]` is bool (captions of image i, K).
+
+    The words' numbers are in a temporary file, memory-mapped: memory does not grow with them (`benchmarks/scale.py`).
 
     Args:
         token_ids: of every image, the token ids of each of its captions; gone through once, so that they need not be in memory.
@@ -78,34 +81,35 @@ class CaptionWords:
 
     def __init__(self, token_ids: Iterable[list[list[int]]], word_ids: list[int], vocab_size: int):
         columns = word_columns(word_ids, vocab_size).numpy()
-        indices, ends, counts = array("i"), array("q", [0]), array("q", [0])
-        for of_image in token_ids:
-            counts.append(len(of_image))
-            for ids in of_image:
-                found = np.unique(columns[np.asarray(ids, dtype=np.int64)])
-                indices.extend(found[found < len(word_ids)].tolist())
-                ends.append(len(indices))
-        indices, ends = (
-            np.frombuffer(indices, np.int32) if indices else np.empty(0, np.int32),
-            np.frombuffer(ends, np.int64),
-        )
-        shape = (len(ends) - 1, len(word_ids))
-        self.matrix = csr_matrix((np.ones(len(indices), bool), indices, ends), shape=shape)
-        self.starts = np.cumsum(counts)
+        self.num_words, number, ends, counts = len(word_ids), 0, array("q", [0]), array("q", [0])
+        with tempfile.TemporaryFile() as file:
+            for of_image in token_ids:
+                counts.append(len(of_image))
+                for ids in of_image:
+                    found = np.unique(columns[np.asarray(ids, dtype=np.int64)])
+                    found = found[found < self.num_words].astype(np.int32)
+                    file.write(found.tobytes())
+                    number += len(found)
+                    ends.append(number)
+            file.flush()
+            # an empty file cannot be mapped; the mapping outlives the file
+            self.columns = np.memmap(file, np.int32, mode="r", shape=(number,)) if number else np.empty(0, np.int32)
+        self.ends, self.starts = np.frombuffer(ends, np.int64), np.cumsum(counts)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __getitem__(self, image: int) -> torch.Tensor:
-        return self.of_captions(slice(*self.starts[[image, image + 1]]))
+        return self.of_captions(np.arange(*self.starts[[image, image + 1]]))
 
-    @property
-    def num_words(self) -> int:
-        return self.matrix.shape[1]
-
-    def of_captions(self, numbers: slice | np.ndarray) -> torch.Tensor:
+    def of_captions(self, numbers: np.ndarray) -> torch.Tensor:
         """(n, K) bool of the captions with these numbers, all images' captions counted through."""
-        return torch.from_numpy(self.matrix[numbers].toarray())
+        lengths = self.ends[numbers + 1] - self.ends[numbers]
+        rows = np.repeat(np.arange(len(numbers)), lengths)
+        places = np.arange(lengths.sum()) + np.repeat(self.ends[numbers] - (np.cumsum(lengths) - lengths), lengths)
+        chosen = np.zeros((len(numbers), self.num_words), bool)
+        chosen[rows, self.columns[places]] = True
+        return torch.from_numpy(chosen)
 
     def choose(self, images: np.ndarray, chance: np.ndarray) -> torch.Tensor:
         """(len(images), K) fp32: of each image the caption that its number in [0, 1) falls on."""
@@ -115,10 +119,12 @@ class CaptionWords:
 
     def share(self, images: np.ndarray) -> torch.Tensor:
         """(K,) share of these images' captions that hold each word."""
-        chosen = np.zeros(len(self), np.float32)
-        chosen[images] = 1
-        of_caption = np.repeat(chosen, np.diff(self.starts))
-        return torch.from_numpy(self.matrix.T @ of_caption / of_caption.sum())
+        holding, captions = np.zeros(self.num_words, np.int64), 0
+        for image in images:
+            start, end = self.starts[[image, image + 1]]
+            holding += np.bincount(self.columns[self.ends[start] : self.ends[end]], minlength=self.num_words)
+            captions += end - start
+        return torch.from_numpy((holding / captions).astype(np.float32))
 
 
 def caption_words(tokenizer, captions, word_ids) -> CaptionWords:
