@@ -256,6 +256,19 @@ def test_shuffling_exchanges_the_share_that_is_asked_for():
     assert (np.array(moved) == np.array(wrong)).all() and np.array(wrong).sum() == 22
 
 
+def test_capfilt_of_a_captioner_without_rbm(pairs, towers, tmp_path):
+    """Exchanged captions are found all the same, by new RBMs over the commonest words; without exchange there is nothing to judge by."""
+    tower = ["--vision", towers / "vision", "--text", towers / "text"]
+    in_process("build_captioner", *tower, "--output_dir", "bare", cwd=tmp_path)
+    command = ["--model", "bare", "--dataset", pairs, "--held_back", 4, "--views", 1]
+    with pytest.raises(ValueError, match="bare has no RBM that knows words: train one first"):
+        in_process("capfilt", *command, "--output_dir", "refused", cwd=tmp_path)
+    noisy = ["--shuffle", 0.3, "--epochs", 2, "--batch_size", 6, "--synthetic", True, "--least", 0.0]
+    in_process("capfilt", *command, *noisy, "--output_dir", "found", cwd=tmp_path)
+    report = json.loads((tmp_path / "found" / "capfilt.json").read_text())
+    assert report["kept"] == report["captions"] and report["synthetic_kept"] == 0  # nothing lost, nothing to replace
+
+
 def test_capfilt(saved_model, pairs, tmp_path):
     command = ["--model", saved_model, "--dataset", pairs, "--cache_dir", "features", "--held_back", 6, "--views", 1]
     in_process(

@@ -259,7 +259,6 @@ def load_data(args, split: str, rows=None, word_ids=None, encoders=None) -> tupl
         if word_ids is None:
             word_ids = choose_words(text.tokenizer, (captions[i] for i in rows.tolist()), args.num_words)
         words = caption_words(text.tokenizer, captions, word_ids)
-        words.word_ids = word_ids
     starts = np.cumsum([0, *(len(of_image) for of_image in captions)])
     sentences = text.embed(flat, args.cache_dir)
     every = np.arange(len(captions)) if rows is None else rows

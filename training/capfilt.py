@@ -8,8 +8,9 @@ wrong by a logistic function of that, fitted on held-back images: their captions
 3.3, with the energy for its matching head). The head of `BlipRBMForImageTextRetrieval` is fitted too, on PMI alone and against hard
 negatives, the best of a few captions of other images, and written into the model's config.
 
-With `--shuffle 0.3` that share of the captions is first exchanged between images, an RBM is trained on the noisy pairs, each half of the
-images scored by the RBM of the other, and `capfilt.json` says how well the wrong ones are found.
+With `--shuffle 0.3` that share of the captions is first exchanged between images and an RBM is trained on the noisy pairs of each half of
+the images, which judges the other half, its synthetic captions as well; `capfilt.json` says how well the wrong ones are found. For an honest
+measurement the model must not know the right pairs: a tower that never saw captions, a captioner trained on the noisy pairs (`noisy/`).
 """
 
 import json
@@ -32,7 +33,7 @@ from training.data import CaptionWords, caption_words, split_held_back
 from training.distributed import new_accelerator
 from training.evaluate_captions import caption_rows
 from training.features import cache_features, load_features
-from training.train_rbm import PooledPairs, RBMArguments, in_pieces, train, with_new_rbm
+from training.train_rbm import PooledPairs, RBMArguments, choose_words, in_pieces, train, with_new_rbm
 
 
 @dataclass
@@ -135,24 +136,48 @@ def rbm_of_noisy_pairs(model, store, words, rows, held_rows, args: CapFiltArgume
         model=args.model, output_dir=str(Path(args.output_dir) / name), epochs=args.epochs, eval_every=args.epochs,
         batch_size=min(args.batch_size, len(rows)), hidden_size=model.config.rbm_hidden_size, seed=args.seed,
     )  # fmt: skip
-    fresh = with_new_rbm(model, model.config.rbm_word_ids, settings, in_pieces(store, rows), words.share(rows))
+    fresh = with_new_rbm(model, words.word_ids, settings, in_pieces(store, rows), words.share(rows))
     held_back = store.batch(held_rows), [words[i] for i in held_rows]
     train(new_accelerator(args.seed), fresh, PooledPairs(store, rows, words, args.seed), held_back, settings)
     return fresh.rbm_layer.rbm
 
 
-def crossed(
-    model, store, words, train_rows, held_rows, args: CapFiltArguments
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Evidence of every training image's captions by an RBM that has not seen the image, and their chance of being right."""
+def noisy_judges(model, store, words, train_rows, held_rows, args: CapFiltArguments):
+    """Two RBMs of noisy pairs, each with the rows of the half of the images that it has not seen."""
     halves = np.array_split(np.random.default_rng(args.seed).permutation(train_rows), 2)
-    found, chance = {}, {}
-    for k, (seen, unseen) in enumerate((halves, halves[::-1])):
-        rbm = rbm_of_noisy_pairs(model, store, words, np.sort(seen), held_rows, args, f"rbm-{k}")
-        evidence = caption_evidence(rbm, store, words, unseen, held_rows)
-        found |= dict(zip(unseen, evidence))
-        chance |= dict(zip(unseen, chances(fit_filter(rbm, store, words, held_rows, args.seed), evidence)))
-    return [found[row] for row in train_rows], [chance[row] for row in train_rows]
+    return [
+        (rbm_of_noisy_pairs(model, store, words, np.sort(seen), held_rows, args, f"rbm-{k}"), unseen)
+        for k, (seen, unseen) in enumerate((halves, halves[::-1]))
+    ]
+
+
+@dataclass
+class Filter:
+    """Judges captions of the training images.
+
+    Args:
+        judges: RBMs, and the rows of the images that each judges.
+        words: of the captions of all images. Those of the held-back ones, as right as they are, make the scale: against exchanged ones.
+        least: chance from which a caption is kept.
+    """
+
+    judges: list
+    store: object
+    words: CaptionWords
+    held_rows: np.ndarray
+    least: float
+    seed: int
+
+    def __call__(self, rows, words: CaptionWords) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Of these images, the evidence for each caption in `words`, and its chance of being right."""
+        evidence, chance = {}, {}
+        for rbm, own in self.judges:
+            part = np.intersect1d(rows, own)
+            found = caption_evidence(rbm, self.store, words, part, self.held_rows)
+            head = fit_filter(rbm, self.store, self.words, self.held_rows, self.seed)
+            evidence |= dict(zip(part, found))
+            chance |= dict(zip(part, chances(head, found)))
+        return [evidence[row] for row in rows], [chance[row] for row in rows]
 
 
 @torch.no_grad()
@@ -186,20 +211,26 @@ def main():
     )
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions, wrong = shuffled(dataset["captions"][:], args.shuffle, args.seed)
-    words = caption_words(processor.tokenizer, captions, model.config.rbm_word_ids)
-    rbm = model.rbm_layer.rbm
-    head, auc = fit_matching_head(rbm, store, words, held_rows, args.negatives, args.seed)
-    report = {"matching_head": head, "auc_against_hard_negatives": auc}
+    word_ids, rbm, report = model.config.rbm_word_ids, model.rbm_layer.rbm, {}
+    if not word_ids:
+        if not args.shuffle:
+            raise ValueError(f"{args.model} has no RBM that knows words: train one first (training.train_rbm)")
+        word_ids = choose_words(processor.tokenizer, (captions[i] for i in train_rows), RBMArguments.num_words)
+    words = caption_words(processor.tokenizer, captions, word_ids)
     if args.shuffle:
-        evidence, chance = crossed(model, store, words, train_rows, held_rows, args)
-        is_wrong = np.concatenate([wrong[i] for i in train_rows])
-        report["auc_of_wrong_captions"] = float(roc_auc_score(is_wrong, -np.concatenate(evidence)))
+        judges = noisy_judges(model, store, words, train_rows, held_rows, args)
     else:
+        judges = [(rbm, train_rows)]
+        head, auc = fit_matching_head(rbm, store, words, held_rows, args.negatives, args.seed)
+        report |= {"matching_head": head, "auc_against_hard_negatives": auc}
         config_file = Path(args.model) / "config.json"
         if args.save and config_file.exists():
             write_json(config_file, json.loads(config_file.read_text()) | {"rbm_match": head})
-        evidence = caption_evidence(rbm, store, words, train_rows, held_rows)
-        chance = chances(fit_filter(rbm, store, words, held_rows, args.seed), evidence)
+    judge = Filter(judges, store, words, held_rows, args.least, args.seed)
+    evidence, chance = judge(train_rows, words)
+    is_wrong = np.concatenate([wrong[i] for i in train_rows])
+    if args.shuffle:
+        report["auc_of_wrong_captions"] = float(roc_auc_score(is_wrong, -np.concatenate(evidence)))
     kept = [[c for c, p in zip(captions[i], of_image) if p >= args.least] for i, of_image in zip(train_rows, chance)]
     if args.shuffle:
         right = [~wrong[i][of_image >= args.least] for i, of_image in zip(train_rows, chance)]
@@ -211,9 +242,7 @@ def main():
     }  # fmt: skip
     images, output_dir = dataset.select(train_rows), Path(args.output_dir)
     if args.synthetic:
-        report["synthetic_kept"] = add_synthetic(
-            model, processor, images, kept, store, train_rows, held_rows, words, args, data
-        )
+        report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)
     report["images_kept"] = write_pairs(images, kept, output_dir, data.train_split)
     if args.shuffle:
         write_pairs(images, [captions[i] for i in train_rows], output_dir / "noisy", data.train_split)
@@ -221,17 +250,15 @@ def main():
     print(json.dumps({name: value for name, value in report.items() if name not in ("capfilt", "data")}, indent=1))
 
 
-def add_synthetic(model, processor, images, kept, store, rows, held_rows, words, args, data) -> int:
+def add_synthetic(model, processor, images, kept, rows, words: CaptionWords, judge: Filter, data) -> int:
     """Add the model's own caption to images that lost captions, if it passes the same filter; how many did."""
     lost = [i for i, row in enumerate(rows) if len(kept[i]) < len(words[row])]
     if not lost:
         return 0
     written = dict(zip(rows[lost].tolist(), synthetic_captions(model, processor, images.select(lost), data.cache_dir)))
-    rbm, every = model.rbm_layer.rbm, [[written[i]] if i in written else [] for i in range(len(store))]
-    new_words = caption_words(processor.tokenizer, every, model.config.rbm_word_ids)
-    evidence = caption_evidence(rbm, store, new_words, rows[lost], held_rows)
-    chance = np.concatenate(chances(fit_filter(rbm, store, words, held_rows, args.seed), evidence))
-    passed = [i for i, p in zip(lost, chance) if p >= args.least]
+    every = [[written[i]] if i in written else [] for i in range(len(words))]
+    chance = np.concatenate(judge(rows[lost], caption_words(processor.tokenizer, every, words.word_ids))[1])
+    passed = [i for i, p in zip(lost, chance) if p >= judge.least]
     for i in passed:
         kept[i].append(written[int(rows[i])])
     return len(passed)

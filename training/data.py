@@ -81,13 +81,13 @@ class CaptionWords:
 
     def __init__(self, token_ids: Iterable[list[list[int]]], word_ids: list[int], vocab_size: int):
         columns = word_columns(word_ids, vocab_size).numpy()
-        self.num_words, number, ends, counts = len(word_ids), 0, array("q", [0]), array("q", [0])
+        self.word_ids, number, ends, counts = word_ids, 0, array("q", [0]), array("q", [0])
         with tempfile.TemporaryFile() as file:
             for of_image in token_ids:
                 counts.append(len(of_image))
                 for ids in of_image:
                     found = np.unique(columns[np.asarray(ids, dtype=np.int64)])
-                    found = found[found < self.num_words].astype(np.int32)
+                    found = found[found < len(word_ids)].astype(np.int32)
                     file.write(found.tobytes())
                     number += len(found)
                     ends.append(number)
@@ -98,6 +98,10 @@ class CaptionWords:
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    @property
+    def num_words(self) -> int:
+        return len(self.word_ids)
 
     def __getitem__(self, image: int) -> torch.Tensor:
         return self.of_captions(np.arange(*self.starts[[image, image + 1]]))
