@@ -12,7 +12,7 @@ STUDY ?= ../shared/weights/dinov2-small@4,6,8,10,12 checkpoints/blip-rbm-small
 RUN = .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help align capfilt diversity seeds scale demo test test-slow test-min check report train tutorial evaluate bench bench-generate bench-contrastive clean
+.PHONY: help align aligned-captioner capfilt noise diversity seeds scale demo test test-slow test-min check report train tutorial evaluate bench bench-generate bench-contrastive clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,22 @@ capfilt: .venv/installed  ## how well exchanged captions are found, 30 % and 60 
 			--output_dir runs/capfilt-$$share || exit 1; \
 		cp runs/capfilt-$$share/capfilt.json benchmarks/results/capfilt_$$share.json; \
 	done
+
+noise: .venv/installed  ## captioners on noisy pairs, on what CapFilt keeps of them, and with synthetic captions, on DATASET (2 hours)
+	$(RUN) -m benchmarks.noise --vision $(VISION) --dataset $(DATASET) --output benchmarks/results/noise.json
+
+aligned-captioner: .venv/installed  ## a captioner's way from image to words on raw and on aligned tokens, equal steps, on DATASET
+	.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.align training/recipes/align-sail.yaml \
+		--vision $(VISION) --text $(TEXT) --dataset $(DATASET) --output_dir runs/align-sail-raw
+	$(RUN) -m training.build_captioner --decoder checkpoints/blip-rbm-small --vision $(VISION) --output_dir runs/raw-start
+	$(RUN) -m training.build_captioner --decoder checkpoints/blip-rbm-small --vision $(VISION) --aligned runs/align-sail-raw \
+		--output_dir runs/aligned-start
+	$(RUN) -m training.train_captioner training/recipes/captioner-cross-attention.yaml --model runs/raw-start \
+		--dataset $(DATASET) --output_dir runs/way-raw
+	$(RUN) -m training.train_captioner training/recipes/captioner-cross-attention.yaml --model runs/aligned-start \
+		--aligned runs/align-sail-raw --dataset $(DATASET) --output_dir runs/way-aligned
+	cp runs/way-raw/captioner.json benchmarks/results/captioner_raw.json
+	cp runs/way-aligned/captioner.json benchmarks/results/captioner_aligned.json
 
 scale: .venv/installed  ## what the RBM stage takes: the ten-minute path on DATASET, memory at 6,000 and 60,000 images
 	rm -rf runs/scale

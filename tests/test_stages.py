@@ -140,6 +140,11 @@ def test_tuned_and_evaluated(work, tuned, data, pairs):
     assert drawn == {"random", "best", "worst", "difference", "attention-1", "attention-2", "attention-3"}
     right = sum(list(COLOURS)[i % 4] in entry["BLIP-RBM"] for i, entry in enumerate(results["captions"]))
     assert right >= 6, results["captions"]
+    plain = ["--model", "captioner/best", *evaluate[2:4], "--output", "plain.json", *data[-2:], "--plain", True]
+    in_process("evaluate_captions", *plain, cwd=work)
+    assert set(json.loads((work / "plain.json").read_text())["systems"]) == {"BLIP"}
+    with pytest.raises(ValueError, match="there is no difference"):
+        in_process("evaluate_captions", *plain, "--ablation", True, cwd=work)
 
 
 def test_confidence(work, tuned, data, pairs):

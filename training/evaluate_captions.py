@@ -44,6 +44,7 @@ class EvaluationArguments(MeasureArguments):
     num_beams: int = field(default=3, metadata={"help": "beams of both systems (re-rank may raise its own)"})
     max_new_tokens: int = field(default=20, metadata={"help": "longest caption"})
     batch_size: int = field(default=16, metadata={"help": "images at a time"})
+    plain: bool = field(default=False, metadata={"help": "measure plain BLIP alone, of a captioner without an RBM"})
     ablation: bool = field(default=False, metadata={"help": "measure each strategy alone, and baselines of equal cost"})
     pictures: Optional[str] = field(
         default=None, metadata={"help": "folder for pictures; they show the dataset's images"}
@@ -172,6 +173,8 @@ def seconds_of_vision(model, processor, dataset, batch_size: int, images: int = 
 @torch.no_grad()
 def main():
     (args,) = parse_arguments(EvaluationArguments)
+    if args.plain and (args.ablation or args.pictures):
+        raise ValueError("--plain measures BLIP alone: there is no difference for --ablation or --pictures to show")
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     dataset = load_pairs(args.dataset, args.split, args.max_images, **args.columns)
@@ -183,7 +186,7 @@ def main():
     settings = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
     vision = seconds_of_vision(model, processor, dataset, args.batch_size)
     systems, scores, captions = {}, {}, {}
-    for name, rbm in (("BLIP", False), ("BLIP-RBM", True)):
+    for name, rbm in (("BLIP", False), ("BLIP-RBM", True))[: 1 if args.plain else 2]:
         start = time.time()
         captions[name] = caption_rows(model, processor, store, range(len(dataset)), rbm=rbm, **settings)
         seconds = time.time() - start
@@ -195,9 +198,10 @@ def main():
         if (by_java := meteor(captions[name], references)) is not None:
             systems[name]["METEOR"] = 100 * by_java[0]
         print(name, {key: round(float(value), 3) for key, value in systems[name].items()})
-    difference = differences(scores["BLIP-RBM"], scores["BLIP"])
-    print("difference", difference)
-    alone = {}
+    difference, alone = {}, {}
+    if not args.plain:
+        difference = differences(scores["BLIP-RBM"], scores["BLIP"])
+        print("difference", difference)
     if args.ablation:
         for name, said in ablation(model, processor, store, CiderD(references), **settings).items():
             alone[name] = summary(said, per_image(said, references), training_captions)
