@@ -81,7 +81,7 @@ scale: .venv/installed  ## what the RBM stage takes: the ten-minute path on DATA
 	$(RUN) -m benchmarks.scale --output benchmarks/results/scale.json
 
 test-min: .venv-min/installed  ## the model's tests on transformers 4.57, in an environment of its own
-	.venv-min/bin/python -m pytest -q tests/test_rbm.py tests/test_configuration.py tests/test_modeling.py \
+	.venv-min/bin/python -m pytest -q tests/test_rbm.py tests/test_configuration.py tests/test_linear.py tests/test_modeling.py \
 		tests/test_decoding.py tests/test_processing.py tests/test_pipeline.py tests/test_hub.py tests/test_cli.py \
 		tests/test_checkpoint.py
 
@@ -149,7 +149,7 @@ bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cos
 	$(RUN) -m benchmarks.guidance
 
 bench-generate: .venv/installed  ## speed of generate beside transformers' own BLIP, time of captioning a folder (needs a quiet machine)
-	$(RUN) -m benchmarks.generate --batches 1 4 --dtypes float32 --output benchmarks/results/generate.json
+	$(RUN) -m benchmarks.generate --models blip_base --batches 4 1 --output benchmarks/results/generate.json
 	$(RUN) -m benchmarks.folder --dataset $(DATASET) --output benchmarks/results/folder.json
 
 bench-contrastive: .venv/installed  ## memory of the contrastive losses at batches to 32,768

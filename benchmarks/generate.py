@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import BlipConfig, BlipForConditionalGeneration, DynamicCache, EncoderDecoderCache
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
+from modeling_blip_rbm.linear_blip_rbm import packed_linears
 
 
 REPO = Path(__file__).resolve().parent.parent
@@ -40,7 +41,8 @@ class Ours:
         self.model, self.settings = model, settings
 
     def vision(self, pixels):
-        return self.model.encode_image(pixels, rbm=self.settings.get("rbm", True))
+        with packed_linears(self.model):  # as inside `generate`
+            return self.model.encode_image(pixels, rbm=self.settings.get("rbm", True))
 
     def decode(self, encoding, tokens, **kwargs):
         return self.model.generate(encoding=encoding, **length(tokens), **kwargs | self.settings)
@@ -171,9 +173,9 @@ def main():
                 f"{entry['cache_megabytes']:.0f} |",
                 flush=True,
             )
-    if args.output:
-        settings = vars(args) | {"threads": torch.get_num_threads(), "new_tokens": NEW_TOKENS}
-        Path(args.output).write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        if args.output:  # after every cell: a run of an hour that is stopped has lost nothing
+            settings = vars(args) | {"threads": torch.get_num_threads(), "new_tokens": NEW_TOKENS}
+            Path(args.output).write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from .decoding_blip_rbm import (
     word_columns,
     words_said,
 )
+from .linear_blip_rbm import make_packable, with_packed_linears
 from .rbm import JointRBM, bernoulli, pointwise_mutual_information, word_gains
 
 
@@ -301,6 +302,8 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         config.set_visible_size()
         self.rbm_layer = RBMLayer(config)
 
+        make_packable(self)
+
         self.decoder_input_ids = config.text_config.bos_token_id
         self.decoder_pad_token_id = config.text_config.pad_token_id
         self.post_init()
@@ -546,6 +549,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         self.text_decoder.set_output_embeddings(value)
 
     @torch.no_grad()
+    @with_packed_linears
     def generate(
         self,
         pixel_values: Optional[torch.Tensor] = None,

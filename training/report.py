@@ -84,6 +84,25 @@ def diversity_table(diversity: dict) -> str:
     )
 
 
+def generate_table(speed: dict) -> str:
+    settings = speed["settings"]
+    names = {"blip_base": "BLIP-base's shape, 384 px", "embedded": "embedded model"}
+    lines = [
+        f"{settings['threads']} threads, {settings['new_tokens']} new tokens, medians of {settings['pairs']} rounds in turn. Times stock: of the whole, "
+        "round by round, stock computing in the same precision.",
+        "",
+        "| model | images | beams | | images/s | vision s | decoding s | times stock | tokens as stock's | cache MB |",
+        "|---" * 10 + "|",
+    ]
+    for row in speed["rows"]:
+        lines.append(
+            f"| {names[row['model']]}, {row['dtype']} | {row['batch']} | {row['beams']} | {row['contender']} | "
+            f"{row['images_per_second']:.2f} | {row['vision']:.2f} | {row['decoding']:.2f} | {row['ratio']:.2f} | "
+            f"{'yes' if row['same_tokens'] else 'no'} | {row['cache_megabytes']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def folder_line(folder: dict) -> str:
     return (
         f"`blip-rbm caption FOLDER` on {folder['images']} photographs, {folder['threads']} thread{'s' * (folder['threads'] > 1)}: "
@@ -315,7 +334,7 @@ def blocks() -> dict[str, str]:
         "seeds": seeds_table([benchmark(f"captions_seed_{seed}.json") for seed in range(3)]),
         "ablation": ablation_table(results),
         "diversity": diversity_table(benchmark("diversity.json")),
-        "speed": folder_line(benchmark("folder.json")),
+        "speed": generate_table(benchmark("generate.json")) + "\n\n" + folder_line(benchmark("folder.json")),
         "confidence": confidence_table(read("confidence.json")),
         "alignment": alignment_table(benchmark("alignment.json")),
         "study": study_table(benchmark("alignment_study.json")),

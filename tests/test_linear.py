@@ -1,0 +1,134 @@
+"""Linear layers with packed weights: the same numbers, only inside `generate`, never of weights that have changed since."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modeling_blip_rbm import linear_blip_rbm
+from modeling_blip_rbm.linear_blip_rbm import PackableLinear, make_packable, packed_linears
+
+
+@pytest.fixture(autouse=True)
+def pays(monkeypatch):
+    """Pack whatever this processor is good at."""
+    monkeypatch.setattr(linear_blip_rbm, "packing_pays", lambda *args: True)
+
+
+def new_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 29), nn.GELU(), nn.Linear(29, 7, bias=False)).eval()
+    make_packable(model)
+    return model
+
+
+def reference(model, x):
+    first, _, second = model
+    return F.linear(F.gelu(F.linear(x, first.weight, first.bias)), second.weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [(1,), (5,), (3, 2), (2, 3, 5)])
+def test_same_numbers(dtype, tolerance, shape):
+    model, x = new_model().to(dtype), torch.randn(*shape, 13, dtype=dtype)
+    plain = model(x)
+    with packed_linears(model):
+        assert model[0].packed_weight is not None
+        torch.testing.assert_close(model(x), plain, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(model(x.transpose(0, -2)), model(x).transpose(0, -2), atol=tolerance, rtol=tolerance)
+    assert model[0].packed_weight is None and torch.equal(model(x), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.mul_(2),
+        lambda weight: weight.data.mul_(2),  # which PyTorch does not count
+        lambda weight: setattr(weight, "data", 2 * weight.data),
+        lambda weight: weight.copy_(torch.randn_like(weight)),
+    ],
+)
+def test_changed_weights_are_packed_anew(change):
+    model, x = new_model(), torch.randn(5, 13)
+    with packed_linears(model):
+        before = model(x)
+    change(model[0].weight)
+    with packed_linears(model):
+        torch.testing.assert_close(model(x), reference(model, x))
+        assert not torch.allclose(model(x), before)
+
+
+@torch.no_grad()
+def test_packed_once(monkeypatch):
+    model, packed = new_model(), []
+    pack = linear_blip_rbm._pack
+    monkeypatch.setattr(linear_blip_rbm, "_pack", lambda weight: packed.append(1) or pack(weight))
+    for _ in range(3):
+        with packed_linears(model):
+            model(torch.randn(2, 13))
+    assert len(packed) == 2  # layers
+
+
+def test_training_and_half_precision_are_left_alone():
+    model, x = new_model(), torch.randn(5, 13)
+    with packed_linears(model):  # gradients are wanted
+        model(x).sum().backward()
+        assert model[0].packed_weight is None and model[0].weight.grad is not None
+    with torch.no_grad(), packed_linears(model.half()):
+        assert model[0].packed_weight is None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), packed_linears(model.float()):
+        assert model[0].packed_weight is None
+
+
+@torch.no_grad()
+def test_an_error_inside_leaves_the_model_as_it_was():
+    model = new_model()
+    with pytest.raises(KeyError), packed_linears(model):
+        raise KeyError
+    assert model[0].packed_weight is None
+
+
+@torch.no_grad()
+def test_copied_saved_and_forgotten():
+    model, x = new_model(), torch.randn(5, 13)
+    with packed_linears(model):
+        model(x)
+    assert set(model.state_dict()) == {"0.weight", "0.bias", "2.weight"}
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with packed_linears(other):
+            torch.testing.assert_close(other(x), model(x))
+    layer = model[0]
+    assert layer in linear_blip_rbm._packed
+    count = len(linear_blip_rbm._packed)
+    del model, layer, other
+    assert len(linear_blip_rbm._packed) < count
+
+
+@torch.no_grad()
+def test_generate_is_packed_and_forward_is_not(model, pixel_values, monkeypatch):
+    seen = []
+    product = linear_blip_rbm._product
+    monkeypatch.setattr(linear_blip_rbm, "_product", lambda *args: seen.append(1) or product(*args))
+    model.generate(pixel_values, max_new_tokens=3)
+    assert seen and all(m.packed_weight is None for m in model.modules() if isinstance(m, PackableLinear))
+    seen.clear()
+    model(pixel_values=pixel_values, input_ids=torch.tensor([[1, 5]] * len(pixel_values)))
+    assert not seen
+
+
+def test_without_the_operators_nothing_is_packed(monkeypatch):
+    def missing(*args):
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(linear_blip_rbm, "_pack", missing)
+    linear_blip_rbm.packing_pays.cache_clear()
+    model = new_model()
+    with torch.no_grad(), packed_linears(model):
+        assert model[0].packed_weight is None
+    linear_blip_rbm.packing_pays.cache_clear()
