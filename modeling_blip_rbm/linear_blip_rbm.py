@@ -9,7 +9,7 @@ of `nn.Linear` by rounding alone.
 import functools
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -106,11 +106,11 @@ def packed_linears(model: nn.Module):
 
 
 def with_packed_linears(method):
-    """A method of a model that runs inside `packed_linears`."""
+    """A method of a model that runs inside `packed_linears`, unless the model's `pack_linears` is False."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
-        with packed_linears(self):
+        with packed_linears(self) if self.pack_linears else nullcontext():
             return method(self, *args, **kwargs)
 
     return wrapped

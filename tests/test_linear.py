@@ -117,6 +117,8 @@ def test_generate_is_packed_and_forward_is_not(model, pixel_values, monkeypatch)
     model.generate(pixel_values, max_new_tokens=3)
     assert seen and all(m.packed_weight is None for m in model.modules() if isinstance(m, PackableLinear))
     seen.clear()
+    monkeypatch.setattr(model, "pack_linears", False)
+    model.generate(pixel_values, max_new_tokens=3)
     model(pixel_values=pixel_values, input_ids=torch.tensor([[1, 5]] * len(pixel_values)))
     assert not seen
 

@@ -280,6 +280,36 @@ def capfilt_table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def aligned_captioner_table(captioners: dict[str, dict]) -> str:
+    """Held-back CIDEr-D of captioners whose way from image to words was trained on raw and on aligned tokens."""
+    passes = [f"{entry['epoch']:.0f}" for entry in next(iter(captioners.values()))["held_back"]]
+    lines = [
+        "| tokens | " + " | ".join(f"CIDEr-D after pass {number}" for number in passes) + " | vocabulary |",
+        "|---" * (len(passes) + 2) + "|",
+    ]
+    for name, captioner in captioners.items():
+        cells = [f"{entry['eval_cider']:.1f}" for entry in captioner["held_back"]]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {captioner['held_back'][-1]['eval_vocabulary']} |")
+    return "\n".join(lines)
+
+
+def noise_table(noise: dict) -> str:
+    """What CapFilt gives a captioner."""
+    lines = [
+        "| captions exchanged | AUC of finding them | right before | right after | CIDEr-D, noisy | filtered | filtered + synthetic |",
+        "|---" * 7 + "|",
+    ]
+    for percent, entry in noise["results"].items():
+        if percent != "right pairs":
+            ciders = [f"{system['CIDEr-D']:.1f}" for system in entry["captioners"].values()]
+            lines.append(
+                f"| {percent} % | {entry['auc_of_wrong_captions']:.3f} | {entry['share_right_before']:.0%} | "
+                f"{entry['share_right_after']:.0%} | " + " | ".join(ciders) + " |"
+            )
+    right = noise["results"]["right pairs"]["CIDEr-D"]
+    return "\n".join([*lines, "", f"The same captioner on the right pairs: {right:.1f}."])
+
+
 def study_table(study: dict) -> str:
     lines = [
         "| frozen encoder | nearest neighbours | linear classifier | R@10 of a linear probe |",
