@@ -367,6 +367,9 @@ def blocks() -> dict[str, str]:
         "speed": generate_table(benchmark("generate.json")) + "\n\n" + folder_line(benchmark("folder.json")),
         "confidence": confidence_table(read("confidence.json")),
         "alignment": alignment_table(benchmark("alignment.json")),
+        "aligned-captioner": aligned_captioner_table(
+            {name: benchmark(f"captioner_{name}.json") for name in ("raw", "aligned")}
+        ),
         "study": study_table(benchmark("alignment_study.json")),
         "capfilt": capfilt_table([benchmark(f"capfilt_{share}.json") for share in (30, 60)]),
         "cost": cost_table(benchmark("rbm_quick.json"), benchmark("scale.json")),
