@@ -280,6 +280,14 @@ def capfilt_table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def contrastive_table(losses: dict) -> str:
+    lines = ["| loss, batch | peak memory (MB) | seconds | apart from the loss computed whole |", "|---|---|---|---|"]
+    for name, entry in losses["rows"].items():
+        apart = f"{entry['loss_apart']:.1g}, gradients {entry['gradients_apart']:.1g}" if "loss_apart" in entry else ""
+        lines.append(f"| {name} | {entry['peak_memory_mb']:,.0f} | {entry['seconds']:.1f} | {apart} |")
+    return "\n".join(lines)
+
+
 def aligned_captioner_table(captioners: dict[str, dict]) -> str:
     """Held-back CIDEr-D of captioners whose way from image to words was trained on raw and on aligned tokens."""
     passes = [f"{entry['epoch']:.0f}" for entry in next(iter(captioners.values()))["held_back"]]
