@@ -12,7 +12,10 @@ With fast products, sampling is half of the time: each of its half a dozen opera
 in one pass; it is compiled (seconds, kept by PyTorch for the next time) if asked for, as it takes a C++ compiler.
 """
 
+import os
+import shutil
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Optional
@@ -188,6 +191,11 @@ def compiled_kernels():
     """
     from torch.utils.cpp_extension import load
 
+    if shutil.which("ninja") is None:
+        with suppress(ImportError):  # pip's is beside Python, which is on no path unless the environment is activated
+            from ninja import BIN_DIR
+
+            os.environ["PATH"] += os.pathsep + BIN_DIR
     source = Path(__file__).with_name("rbm_kernels.cpp")
     # -ffast-math lets the compiler make vectors of rounding; nothing here is NaN or infinite on purpose
     flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp"]
