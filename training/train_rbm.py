@@ -256,7 +256,7 @@ def with_new_rbm(model, word_ids, settings: RBMArguments, pooled: Iterable[torch
     return fresh
 
 
-def in_pieces(store, rows, size: int = 4096) -> Iterator[torch.Tensor]:
+def in_pieces(store, rows, size: int = 1024) -> Iterator[torch.Tensor]:
     """All views of these rows of a `FeatureStore` of pooled images, (n, V) at a time."""
     for start in range(0, len(rows), size):
         for view in range(store.num_views):
