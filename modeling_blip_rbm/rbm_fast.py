@@ -15,7 +15,6 @@ in one pass; it is compiled (seconds, kept by PyTorch for the next time) if aske
 import os
 import shutil
 import time
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Optional
@@ -192,10 +191,12 @@ def compiled_kernels():
     from torch.utils.cpp_extension import load
 
     if shutil.which("ninja") is None:
-        with suppress(ImportError):  # pip's is beside Python, which is on no path unless the environment is activated
-            from ninja import BIN_DIR
-
-            os.environ["PATH"] += os.pathsep + BIN_DIR
+        try:  # pip's is beside Python, which is on no path unless the environment is activated
+            import ninja
+        except ImportError:  # said below; not suppress(): transformers takes an import that is in no `try` for one that remote code needs
+            pass
+        else:
+            os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
     source = Path(__file__).with_name("rbm_kernels.cpp")
     # -ffast-math lets the compiler make vectors of rounding; nothing here is NaN or infinite on purpose
     flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp"]

@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 from tests.conftest import random_image
 
@@ -113,3 +114,15 @@ def test_fine_tuned_and_saved_again_keeps_its_code(saved_model, image_file, tmp_
     assert isinstance(out[0]["generated_text"], str)
     copied = {file.name for file in (tmp_path / "again").glob("*.py")}
     assert {"rbm.py", "pipeline_blip_rbm.py", "processing_blip_rbm.py", "decoding_blip_rbm.py"} <= copied
+
+
+def test_remote_code_needs_no_other_package(saved_model):
+    """transformers refuses remote code with an import outside of a `try` that is not installed: a compiler's helper must not be one."""
+    needed = {name for file in saved_model.glob("*.py") for name in get_imports(file)}
+    assert "torch" in needed and needed - set(sys.stdlib_module_names) <= {
+        "torch",
+        "transformers",
+        "numpy",
+        "PIL",
+        "tqdm",
+    }
