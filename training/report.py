@@ -375,6 +375,7 @@ def blocks() -> dict[str, str]:
         "speed": generate_table(benchmark("generate.json")) + "\n\n" + folder_line(benchmark("folder.json")),
         "confidence": confidence_table(read("confidence.json")),
         "alignment": alignment_table(benchmark("alignment.json")),
+        "noise": noise_table(benchmark("noise.json")),
         "contrastive": contrastive_table(benchmark("contrastive.json")),
         "aligned-captioner": aligned_captioner_table(
             {name: benchmark(f"captioner_{name}.json") for name in ("raw", "aligned")}
