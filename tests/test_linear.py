@@ -123,6 +123,14 @@ def test_generate_is_packed_and_forward_is_not(model, pixel_values, monkeypatch)
     assert not seen
 
 
+def test_measuring_leaves_random_numbers_alone(monkeypatch):
+    monkeypatch.undo()
+    linear_blip_rbm.packing_pays.cache_clear()
+    state = torch.get_rng_state()
+    assert linear_blip_rbm.packing_pays(torch.float32, torch.get_num_threads()) in (True, False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_without_the_operators_nothing_is_packed(monkeypatch):
     def missing(*args):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
