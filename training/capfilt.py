@@ -156,7 +156,7 @@ class Filter:
     """Judges captions of the training images.
 
     Args:
-        judges: RBMs, and the rows of the images that each judges.
+        judges: RBMs, and the rows of the images that each judges; the scale of each is fitted once, here.
         words: of the captions of all images. Those of the held-back ones, as right as they are, make the scale: against exchanged ones.
         least: chance from which a caption is kept.
     """
@@ -168,13 +168,15 @@ class Filter:
     least: float
     seed: int
 
+    def __post_init__(self):
+        self.heads = [fit_filter(rbm, self.store, self.words, self.held_rows, self.seed) for rbm, _ in self.judges]
+
     def __call__(self, rows, words: CaptionWords) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Of these images, the evidence for each caption in `words`, and its chance of being right."""
         evidence, chance = {}, {}
-        for rbm, own in self.judges:
+        for (rbm, own), head in zip(self.judges, self.heads):
             part = np.intersect1d(rows, own)
             found = caption_evidence(rbm, self.store, words, part, self.held_rows)
-            head = fit_filter(rbm, self.store, self.words, self.held_rows, self.seed)
             evidence |= dict(zip(part, found))
             chance |= dict(zip(part, chances(head, found)))
         return [evidence[row] for row in rows], [chance[row] for row in rows]
@@ -211,7 +213,7 @@ def main():
     )
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions, wrong = shuffled(dataset["captions"][:], args.shuffle, args.seed)
-    word_ids, rbm, report = model.config.rbm_word_ids, model.rbm_layer.rbm, {}
+    word_ids, report = model.config.rbm_word_ids, {}
     if not word_ids:
         if not args.shuffle:
             raise ValueError(f"{args.model} has no RBM that knows words: train one first (training.train_rbm)")
@@ -220,6 +222,7 @@ def main():
     if args.shuffle:
         judges = noisy_judges(model, store, words, train_rows, held_rows, args)
     else:
+        rbm = model.rbm_layer.rbm
         judges = [(rbm, train_rows)]
         head, auc = fit_matching_head(rbm, store, words, held_rows, args.negatives, args.seed)
         report |= {"matching_head": head, "auc_against_hard_negatives": auc}
@@ -228,11 +231,10 @@ def main():
             write_json(config_file, json.loads(config_file.read_text()) | {"rbm_match": head})
     judge = Filter(judges, store, words, held_rows, args.least, args.seed)
     evidence, chance = judge(train_rows, words)
-    is_wrong = np.concatenate([wrong[i] for i in train_rows])
-    if args.shuffle:
-        report["auc_of_wrong_captions"] = float(roc_auc_score(is_wrong, -np.concatenate(evidence)))
     kept = [[c for c, p in zip(captions[i], of_image) if p >= args.least] for i, of_image in zip(train_rows, chance)]
     if args.shuffle:
+        is_wrong = np.concatenate([wrong[i] for i in train_rows])
+        report["auc_of_wrong_captions"] = float(roc_auc_score(is_wrong, -np.concatenate(evidence)))
         right = [~wrong[i][of_image >= args.least] for i, of_image in zip(train_rows, chance)]
         report["share_right_before"] = float(1 - is_wrong.mean())
         report["share_right_after"] = float(np.concatenate(right).mean())

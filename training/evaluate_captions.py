@@ -186,9 +186,9 @@ def main():
     settings = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
     vision = seconds_of_vision(model, processor, dataset, args.batch_size)
     systems, scores, captions = {}, {}, {}
-    for name, rbm in (("BLIP", False), ("BLIP-RBM", True))[: 1 if args.plain else 2]:
+    for name in ("BLIP",) if args.plain else ("BLIP", "BLIP-RBM"):
         start = time.time()
-        captions[name] = caption_rows(model, processor, store, range(len(dataset)), rbm=rbm, **settings)
+        captions[name] = caption_rows(model, processor, store, range(len(dataset)), rbm=name != "BLIP", **settings)
         seconds = time.time() - start
         scores[name] = per_image(captions[name], references)
         systems[name] = summary(captions[name], scores[name], training_captions) | {

@@ -42,6 +42,7 @@ from training.metrics import CiderD, corpus_diversity
 from training.pairs import load_pairs
 
 
+RBM_PARTS = ("refine", "adapter")  # of `--parts`, those that stand between tower and decoder
 EMA_FILE = "ema.safetensors"
 
 
@@ -198,7 +199,7 @@ def trained_parts(model, captioner: CaptionerArguments) -> list[torch.nn.Paramet
         "adapter": (layer.mlp,) if captioner.parts == "adapter" else (),
     }[captioner.parts]
     parameters = [p for module in modules if module is not None for p in module.parameters()]
-    if captioner.parts in ("refine", "adapter"):
+    if captioner.parts in RBM_PARTS:
         parameters.append(layer.gate)
     elif captioner.tower_learning_rate:
         parameters += last_share(list(model.vision_model.parameters()), captioner.tower_share)
@@ -490,7 +491,7 @@ def unigram_bias(token_ids: list[int], vocab_size: int, least: float = 0.01) -> 
 
 def load_captioner(captioner: CaptionerArguments) -> PackedCaptioner:
     """The model to go on from; to train refine or its like, with as many cause tokens as asked for."""
-    if captioner.parts in ("captioner", "cross_attention", "lora"):
+    if captioner.parts not in RBM_PARTS:
         return PackedCaptioner.from_pretrained(captioner.model)
     config = BlipRBMConfig.from_pretrained(captioner.model)
     config.rbm_cause_tokens = captioner.cause_tokens

@@ -39,30 +39,18 @@ class Workspace(dict):
         return tensor
 
 
-def add_product(out: torch.Tensor, product: torch.Tensor, weight: float, add: bool):
-    """out = weight * product, added to what it holds if `add`."""
-    if add:
-        out.add_(product.to(out.dtype), alpha=weight)
-    else:
-        out.copy_(product).mul_(weight)  # torch.mul(product, weight, out=out) would make a copy first
+class Products:
+    """The products of a step. A precision says its `dtype` (of states and weights), `product_dtype`, `multiply`, and `one`, how a
+    probability of 1 is encoded."""
 
+    one = 1
 
-class FloatProducts:
-    """The products in `dtype`, accumulated in fp32 by the processor's library."""
-
-    one = 1  # how a probability of 1 is encoded
-    multiply = staticmethod(torch.mm)
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype, self.memory = dtype, Workspace()  # dtype: of states, and of the products
-
-    def load(self, U: torch.Tensor, kernels=None):
-        same = self.dtype == U.dtype
-        self.up_weight = U if same else self.memory.get_tensor("U", U.shape, self.dtype).copy_(U)
-        self.down_scale, self.up_scale = (self.memory.get_tensor(name, (n,)).fill_(1) for name, n in zip("VH", U.shape))
+    def __init__(self):
+        self.memory = Workspace()
 
     def _product(self, a, b, name):
-        return torch.mm(a, b, out=self.memory.get_tensor(name, (len(a), b.shape[1]), self.dtype))
+        out = self.memory.get_tensor(name, (len(a), b.shape[1]), self.product_dtype)
+        return self.multiply(a, b, out=out)
 
     def up(self, v: torch.Tensor) -> torch.Tensor:
         """v U, (n, H), until the next call; to be multiplied by `up_scale` (H,)."""
@@ -70,38 +58,56 @@ class FloatProducts:
 
     def down(self, h: torch.Tensor) -> torch.Tensor:
         """h U', (n, V), until the next call; to be multiplied by `down_scale` (V,)."""
-        return self._product(h, self.up_weight.T, "down")
+        return self._product(h, self.down_weight.T, "down")
+
+    def outer(self, v: torch.Tensor, code: torch.Tensor, out: torch.Tensor, weight: float, add: bool):
+        """out (V, H) = weight * v'q, added to what it holds if `add`."""
+        product, weight = self._product(v.T, code, "outer"), weight / self.one
+        if add:
+            out.add_(product.to(out.dtype), alpha=weight)
+        else:
+            out.copy_(product).mul_(weight)  # torch.mul(product, weight, out=out) would make a copy first
+
+
+class FloatProducts(Products):
+    """The products in `dtype`, accumulated in fp32 by the processor's library."""
+
+    multiply = staticmethod(torch.mm)
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = self.product_dtype = dtype
+
+    def load(self, U: torch.Tensor, kernels=None):
+        same = self.dtype == U.dtype
+        self.up_weight = self.down_weight = U if same else self.memory.get_tensor("U", U.shape, self.dtype).copy_(U)
+        self.down_scale, self.up_scale = (self.memory.get_tensor(name, (n,)).fill_(1) for name, n in zip("VH", U.shape))
 
     def encode(self, q: torch.Tensor, u: torch.Tensor, out: torch.Tensor):
         """out (n, H), in `dtype`: what `outer` takes for the probabilities q. u: as from `uniform`."""
         out.copy_(q)
 
-    def outer(self, v: torch.Tensor, code: torch.Tensor, out: torch.Tensor, weight: float, add: bool):
-        """out (V, H) = weight * v'q, added to what it holds if `add`."""
+    def outer(self, v, code, out, weight, add):
         if self.dtype == torch.float32:
             torch.addmm(out, v.T, code, beta=float(add), alpha=weight, out=out)
         else:
-            add_product(out, self._product(v.T, code, "outer"), weight, add)
+            super().outer(v, code, out, weight, add)
 
     def sum(self, states: torch.Tensor) -> torch.Tensor:
         """Sum over the samples, fp32, of v, h or q as encoded."""
         return states.sum(0, dtype=torch.float32)
 
 
-class IntegerProducts:
+class IntegerProducts(Products):
     """The products in 8-bit integers, accumulated in 32-bit ones: exact but for the rounding of U and q."""
 
-    dtype, one = torch.int8, 127
+    dtype, product_dtype, one = torch.int8, torch.int32, 127
     multiply = staticmethod(getattr(torch, "_int_mm", None))  # None: this PyTorch has no such product
-
-    def __init__(self):
-        self.memory = Workspace()
 
     def load(self, U: torch.Tensor, kernels=None):
         weights = [self.memory.get_tensor(name, U.shape, torch.int8) for name in ("up_weight", "down_weight")]
-        scales = [
-            self.memory.get_tensor(name, (n,)) for name, n in (("up_scale", U.shape[1]), ("down_scale", U.shape[0]))
-        ]
+        sizes = (("up_scale", U.shape[1]), ("down_scale", U.shape[0]))
+        scales = [self.memory.get_tensor(name, (n,)) for name, n in sizes]
         if kernels is not None:
             kernels.round_weights(U, *weights, *scales)
         else:
@@ -113,20 +119,8 @@ class IntegerProducts:
         self.up_weight, self.down_weight = weights
         self.up_scale, self.down_scale = scales
 
-    def _product(self, a, b, name):
-        return torch._int_mm(a, b, out=self.memory.get_tensor(name, (len(a), b.shape[1]), torch.int32))
-
-    def up(self, v: torch.Tensor) -> torch.Tensor:
-        return self._product(v, self.up_weight, "up")
-
-    def down(self, h: torch.Tensor) -> torch.Tensor:
-        return self._product(h, self.down_weight.T, "down")
-
     def encode(self, q: torch.Tensor, u: torch.Tensor, out: torch.Tensor):
         out.copy_(q.add_(u, alpha=UNIT / self.one).mul_(self.one))  # cuts the fraction off
-
-    def outer(self, v: torch.Tensor, code: torch.Tensor, out: torch.Tensor, weight: float, add: bool):
-        add_product(out, self._product(v.T, code, "outer"), weight / self.one, add)
 
     def sum(self, states: torch.Tensor) -> torch.Tensor:
         return torch._int_mm(torch.ones(1, len(states), dtype=torch.int8), states)[0].float()
