@@ -199,6 +199,8 @@ def test_captioner_on_aligned_tokens(work, pairs, towers):
     train = ["--model", "start", "--parts", "cross_attention", "--aligned", "one-tower", "--dataset", pairs]
     train += ["--held_back", 8, "--views", 1, "--cache_dir", work / "features", "--output_dir", "captioner"]
     train += ["--num_train_epochs", 1, "--eval_strategy", "epoch", "--save_strategy", "epoch", "--learning_rate", 1e-3]
+    with pytest.raises(ValueError, match="--aligned and --tower_learning_rate exclude each other"):
+        in_process("train_captioner", *train, "--tower_learning_rate", 1e-3, cwd=work)
     in_process("train_captioner", *train, "--unigram_bias", "false", "--ema_decay", 0.5, cwd=work)
     before, after = (
         BlipRBMForConditionalGeneration.from_pretrained(work / name).state_dict()

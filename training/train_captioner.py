@@ -542,6 +542,8 @@ def main():
         raise ValueError(
             "--samples and --tower_learning_rate exclude each other: captions are sampled from cached features"
         )
+    if captioner.aligned and captioner.tower_learning_rate:
+        raise ValueError("--aligned and --tower_learning_rate exclude each other: the layer is put on cached tokens")
     if captioner.tower_learning_rate:
         dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
         images = Images(dataset, processor.image_processor)
