@@ -6,7 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from tests.conftest import REPO
 from tests.stages import in_process, succeed
+from training.distributed import Checkpoint
 
 
 TWO_PROCESSES = ("--config_file", str(REPO / "training" / "accelerate" / "multi-cpu.yaml"))
@@ -166,3 +170,28 @@ def test_a_killed_captioner_run_ends_with_the_same_weights(pairs, untrained, tmp
     in_process("train_captioner", *command, "--output_dir", "stopped", cwd=tmp_path)
     whole, stopped = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "stopped"))
     assert farthest(whole, stopped) == 0
+
+
+class SlowProcess:
+    """What `Checkpoint` asks of an accelerator; process 1 takes longer to write its state."""
+
+    def __init__(self, rank, barrier):
+        self.rank, self.wait_for_everyone, self.is_main_process = rank, barrier.wait, rank == 0
+
+    def save_state(self, folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        time.sleep(0.3 * self.rank)
+        (Path(folder) / f"random_states_{self.rank}.pkl").write_text(str(self.rank))
+
+
+def test_a_checkpoint_waits_for_the_slowest_process(tmp_path):
+    barrier = threading.Barrier(2, timeout=10)
+    with ThreadPoolExecutor(2) as processes:
+        checkpoints = [Checkpoint(SlowProcess(rank, barrier), tmp_path / "state") for rank in (0, 1)]
+        for saved in [processes.submit(checkpoint.save, [{"epoch": 1}]) for checkpoint in checkpoints]:
+            saved.result()
+    assert {file.name for file in (tmp_path / "state").iterdir()} == {
+        "history.json",
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }

@@ -45,6 +45,7 @@ class Checkpoint:
             shutil.rmtree(self.new, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(self.new))
+        self.accelerator.wait_for_everyone()  # each process writes its random state; the folder must not be moved under one
         if self.accelerator.is_main_process:
             write_json(self.new / "history.json", history)  # the last thing written: with it the folder is whole
             shutil.rmtree(self.folder, ignore_errors=True)
