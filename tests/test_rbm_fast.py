@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from modeling_blip_rbm.rbm import GibbsState, RBMParameters, contrastive_divergence
+from modeling_blip_rbm.rbm import GibbsState, RBMParameters, centred_gradient, contrastive_divergence
 from modeling_blip_rbm.rbm_fast import (
     PRECISIONS,
     FastContrastiveDivergence,
@@ -123,6 +123,31 @@ def test_compiled_rounding_is_that_of_torch(std):
         assert (getattr(compiled, name).int() - getattr(plain, name).int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("compiled", COMPILED)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_of_more_data(precision, compiled):
+    """A batch is named by its rows; more of them than an 8-bit counter can count."""
+    p, fast = machine(0.4), FastContrastiveDivergence(precision, 0, compiled)
+    data = (torch.rand(1009, K) < 0.9).to(PRECISIONS[precision]().dtype)
+    rows, chains = torch.randint(len(data), (701,)), torch.zeros(B, H)
+    gradient, _, mean_q = fast.gradient(p, data, chains, rows=rows)
+    batch = data[rows]
+    torch.testing.assert_close(fast.memory["states"][: len(rows)], batch)
+    expected, _, expected_q = FastContrastiveDivergence(precision, 0, compiled).gradient(p, batch, chains)
+    torch.testing.assert_close(gradient.b, expected.b)
+    torch.testing.assert_close(mean_q, expected_q)
+
+
+@needs_compiler
+def test_compiled_centring_is_the_reference():
+    p, gradient = machine(0.4), machine(1.0, seed=5)
+    mean_v, mean_h = torch.rand(K), torch.rand(H)
+    expected = centred_gradient(p, gradient, mean_h, mean_w=mean_v)
+    result = FastContrastiveDivergence("float32", 0, compiled=True).centred(p, gradient, mean_v, mean_h)
+    for name in ("c", "U", "b"):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name))
+
+
 @needs_compiler
 def test_compiled_kernels_refuse_wrong_shapes():
     sample = compiled_kernels().sample
@@ -133,6 +158,12 @@ def test_compiled_kernels_refuse_wrong_shapes():
         sample(a, row, row, 0, torch.zeros(3, 7), None, row)
     with pytest.raises(RuntimeError, match="no kernel for"):
         sample(a.double(), row, row, 0, a.clone(), None, row)
+    with pytest.raises(IndexError, match="row 3 of 3"):
+        compiled_kernels().take_rows(a, torch.tensor([0, 3]), torch.empty(2, 5), row)
+    with pytest.raises(RuntimeError, match="as many rows as"):
+        compiled_kernels().take_rows(a, torch.tensor([0, 2]), torch.empty(3, 5), row)
+    with pytest.raises(RuntimeError, match="of dU's sizes"):
+        compiled_kernels().centre(a, torch.zeros(3), row, row, row)
 
 
 def test_no_compiler_is_said(monkeypatch):
