@@ -8,7 +8,10 @@ gives a ratio, and their median is reported. 20 new tokens, no caption ends earl
 """
 
 import argparse
+import ctypes
+import gc
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -36,15 +39,34 @@ def cache_bytes(cache) -> int:
     return sum(t.nbytes for part in parts for layer in part.layers for t in (layer.keys, layer.values))
 
 
+class PeakMemory:
+    """Megabytes that the process held at most inside, above what it held before: Linux' own count, memory given back before."""
+
+    def __enter__(self):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self.before = self.kilobytes("VmRSS")
+        return self
+
+    def __exit__(self, *error):
+        self.megabytes = (self.kilobytes("VmHWM") - self.before) * 1024 / 1e6
+
+    @staticmethod
+    def kilobytes(name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
 class Ours:
-    def __init__(self, model, **settings):
-        self.model, self.settings = model, settings
+    def __init__(self, model, int8: bool = False, **settings):
+        self.model, self.int8, self.settings = model, int8, settings
 
     def vision(self, pixels):
-        with packed_linears(self.model):  # as inside `generate`
+        with packed_linears(self.model, self.int8):  # as inside `generate`
             return self.model.encode_image(pixels, rbm=self.settings.get("rbm", True))
 
     def decode(self, encoding, tokens, **kwargs):
+        self.model.pack_linears = "int8" if self.int8 else True
         return self.model.generate(encoding=encoding, **length(tokens), **kwargs | self.settings)
 
 
@@ -82,7 +104,7 @@ def length(tokens: int) -> dict:
 def compare(contenders: dict, pixels, pairs: int, **kwargs) -> dict:
     """Seconds of vision, first token and whole decoding of each contender, in turn; the first is the one to beat."""
     seconds = {name: {"vision": [], "first_token": [], "decoding": []} for name in contenders}
-    tokens, cached = {}, {}
+    tokens, cached, peak = {}, {}, {}
     for turn in range(pairs + 1):
         for name, contender in contenders.items():
             image, vision = timed(contender.vision, pixels)
@@ -93,6 +115,9 @@ def compare(contenders: dict, pixels, pairs: int, **kwargs) -> dict:
             if turn:  # the first turn warms up
                 for part, value in zip(("vision", "first_token", "decoding"), (vision, first, decoding)):
                     seconds[name][part].append(value)
+    for name, contender in contenders.items():
+        with PeakMemory() as peak[name]:
+            contender.decode(contender.vision(pixels), NEW_TOKENS, **kwargs)
     base = next(iter(contenders))
     total = {n: [v + d for v, d in zip(s["vision"], s["decoding"])] for n, s in seconds.items()}
     return {
@@ -105,6 +130,7 @@ def compare(contenders: dict, pixels, pairs: int, **kwargs) -> dict:
             ),
             "same_tokens": torch.equal(tokens[base], tokens[name]),
             "cache_megabytes": cached[name] / 1e6,
+            "peak_megabytes": peak[name].megabytes,
         }
         for name in contenders
     }
@@ -121,6 +147,7 @@ def blip_base(dtype, rbm_words: int = 1000):
     ours.rbm_layer.rbm.word_weight.data.normal_(0, 0.2)
     ours.rbm_layer.gate.data.fill_(0.1)
     contenders["BLIP-RBM, refine and guide"] = Ours(ours, rbm_guidance=0.1, rbm_rerank=False)
+    contenders["BLIP-RBM, RBM off, 8 bits"] = Ours(ours, int8=True, rbm=False)
     return contenders | reranked(ours), 384
 
 
@@ -135,6 +162,7 @@ def embedded(dtype):
         "stock cache": StockCache(model, rbm=False),
         "BLIP-RBM, RBM off": Ours(model, rbm=False),
         "BLIP-RBM, guide on": Ours(model, rbm_rerank=False),
+        "BLIP-RBM, RBM off, 8 bits": Ours(model, int8=True, rbm=False),
         "BLIP-RBM, best of 10 beams": Ours(model),
     }
     return contenders | reranked(model), 260
@@ -151,9 +179,9 @@ def main():
     args = parser.parse_args()
     rows = []
     print(
-        "| model | dtype | batch | beams | contender | images/s | vision s | decoding s | ratio | same tokens | cache MB |"
+        "| model | dtype | batch | beams | contender | images/s | vision s | decoding s | ratio | same tokens | cache MB | peak MB |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---" * 12 + "|")
     cells = [(m, d, b, n) for m in args.models for d in args.dtypes for b in args.batches for n in args.beams]
     loaded = None
     for name, dtype, batch, beams in tqdm(cells, desc="generate"):
@@ -170,7 +198,7 @@ def main():
             print(
                 f"| {name} | {dtype} | {batch} | {beams} | {contender} | {entry['images_per_second']:.2f} | "
                 f"{entry['vision']:.2f} | {entry['decoding']:.2f} | {entry['ratio']:.2f} | {entry['same_tokens']} | "
-                f"{entry['cache_megabytes']:.0f} |",
+                f"{entry['cache_megabytes']:.0f} | {entry['peak_megabytes']:.0f} |",
                 flush=True,
             )
         if args.output:  # after every cell: a run of an hour that is stopped has lost nothing

@@ -44,6 +44,35 @@ def test_same_numbers(dtype, tolerance, shape):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (5,), (2, 3, 5)])
+def test_8_bits(dtype, shape):
+    """Against the rounding written out: to 127 steps of the greatest number of an output's weights, and of an input."""
+    model, x = new_model().to(dtype), torch.randn(*shape, 13, dtype=dtype)
+    layer = model[0]
+    steps = [t.float().abs().amax(-1, keepdim=True) / 127 for t in (x, layer.weight)]
+    inputs, weight = ((t.float() / step).round() * step for t, step in zip((x, layer.weight), steps))
+    expected = F.linear(inputs, weight, layer.bias.float()).to(dtype)
+    with packed_linears(model, int8=True):
+        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+        torch.testing.assert_close(model(x), reference(model, x), atol=0.05, rtol=0.05)
+        if len(shape) > 1:  # what else is in the batch does not matter
+            assert torch.equal(model(x)[1:], model(x[1:]))
+    assert layer.packed_weight is None
+
+
+@torch.no_grad()
+def test_8_bits_and_more_take_turns():
+    model, x = new_model(), torch.randn(5, 13)
+    outputs = []
+    for int8 in (False, True, False, True):
+        with packed_linears(model, int8):
+            outputs.append(model(x))
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "change",
     [
@@ -121,6 +150,21 @@ def test_generate_is_packed_and_forward_is_not(model, pixel_values, monkeypatch)
     model.generate(pixel_values, max_new_tokens=3)
     model(pixel_values=pixel_values, input_ids=torch.tensor([[1, 5]] * len(pixel_values)))
     assert not seen
+
+
+@torch.no_grad()
+def test_generate_in_8_bits(model, pixel_values, monkeypatch):
+    seen = []
+    product = linear_blip_rbm._int8_product
+    monkeypatch.setattr(linear_blip_rbm, "_int8_product", lambda *args: seen.append(1) or product(*args))
+    model.generate(pixel_values, max_new_tokens=3)
+    assert not seen
+    monkeypatch.setattr(model, "pack_linears", "int8")
+    model.generate(pixel_values, max_new_tokens=3)
+    assert seen
+    monkeypatch.setattr(model, "pack_linears", "int4")
+    with pytest.raises(ValueError, match="pack_linears is 'int4'; allowed are True, False and 'int8'"):
+        model.generate(pixel_values, max_new_tokens=3)
 
 
 def test_measuring_leaves_random_numbers_alone(monkeypatch):

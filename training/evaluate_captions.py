@@ -46,6 +46,7 @@ class EvaluationArguments(MeasureArguments):
     batch_size: int = field(default=16, metadata={"help": "images at a time"})
     plain: bool = field(default=False, metadata={"help": "measure plain BLIP alone, of a captioner without an RBM"})
     ablation: bool = field(default=False, metadata={"help": "measure each strategy alone, and baselines of equal cost"})
+    int8: bool = field(default=False, metadata={"help": "linear layers in 8 bits (`pack_linears`), on a CPU"})
     pictures: Optional[str] = field(
         default=None, metadata={"help": "folder for pictures; they show the dataset's images"}
     )
@@ -177,6 +178,7 @@ def main():
         raise ValueError("--plain measures BLIP alone: there is no difference for --ablation or --pictures to show")
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    model.pack_linears = "int8" if args.int8 else True
     dataset = load_pairs(args.dataset, args.split, args.max_images, **args.columns)
     references, image_ids = dataset["captions"][:], dataset["image_id"][:]
     seen = load_pairs(args.dataset, args.train_split, **args.columns)["captions"] if args.train_split else []
@@ -219,6 +221,7 @@ def main():
             "dataset": args.dataset.rstrip("/").split("/")[-1],
             "split": args.split,
             "settings": settings
+            | {"int8": args.int8}
             | {name: getattr(model.generation_config, name) for name in ("length_penalty", "repetition_penalty")},
             "rbm": {
                 name: getattr(config, name)

@@ -85,21 +85,38 @@ def diversity_table(diversity: dict) -> str:
 
 
 def generate_table(speed: dict) -> str:
-    settings = speed["settings"]
-    names = {"blip_base": "BLIP-base's shape, 384 px", "embedded": "embedded model"}
+    """A row for each model, precision, number of images and of beams; contenders side by side."""
+    settings, names = speed["settings"], {"blip_base": "BLIP-base's shape, 384 px", "embedded": "embedded model"}
+    cells = {}
+    for row in speed["rows"]:
+        cell = cells.setdefault((names[row["model"]], row["dtype"], row["batch"], row["beams"]), {})
+        cell[row["contender"].removeprefix("BLIP-RBM, ")] = row
+    contenders = list(dict.fromkeys(name for cell in cells.values() for name in list(cell)[1:]))
     lines = [
         f"{settings['threads']} threads, {settings['new_tokens']} new tokens, medians of {settings['pairs']} rounds in turn. Times stock: of the whole, "
-        "round by round, stock computing in the same precision.",
+        "round by round, stock computing in the same precision (of the embedded model, whose tower stock BLIP has not: the same model with "
+        "transformers' cache); * where tokens differ from stock's. Seconds and memory of BLIP and of BLIP-RBM with the RBM off; peak: of "
+        "the process, above what it held before.",
         "",
-        "| model | images | beams | | images/s | vision s | decoding s | times stock | tokens as stock's | cache MB |",
-        "|---" * 10 + "|",
+        "| | images | beams | " + " | ".join(contenders) + " | vision, s | decoding, s | cache, MB | peak, MB |",
+        "|---" * (len(contenders) + 7) + "|",
     ]
-    for row in speed["rows"]:
-        lines.append(
-            f"| {names[row['model']]}, {row['dtype']} | {row['batch']} | {row['beams']} | {row['contender']} | "
-            f"{row['images_per_second']:.2f} | {row['vision']:.2f} | {row['decoding']:.2f} | {row['ratio']:.2f} | "
-            f"{'yes' if row['same_tokens'] else 'no'} | {row['cache_megabytes']:.0f} |"
-        )
+    for (model, dtype, batch, beams), cell in cells.items():
+        stock, *_ = cell.values()
+        ratios = [
+            f"{cell[name]['ratio']:.2f}{'' if cell[name]['same_tokens'] else '*'}" if name in cell else ""
+            for name in contenders
+        ]
+        pairs = [
+            f"{stock[key]:{form}} / {cell['RBM off'][key]:{form}}"
+            for key, form in (
+                ("vision", ".2f"),
+                ("decoding", ".2f"),
+                ("cache_megabytes", ".0f"),
+                ("peak_megabytes", ".0f"),
+            )
+        ]
+        lines.append(f"| {model}, {dtype} | {batch} | {beams} | {' | '.join(ratios + pairs)} |")
     return "\n".join(lines)
 
 
