@@ -39,11 +39,11 @@ test-slow: .venv/installed  ## the checks that take minutes
 	$(RUN) -m pytest -q -m slow
 
 align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, trained and compared
-	for kind in probe sail rbm; do \
+	for kind in probe sail sail-sigmoid rbm; do \
 		.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.align training/recipes/align-$$kind.yaml \
 			--vision $(VISION) checkpoints/blip-rbm-small --text $(TEXT) --dataset $(DATASET) --output_dir runs/align-$$kind || exit 1; \
 	done
-	$(RUN) -m training.evaluate_alignment --runs runs/align-probe runs/align-sail runs/align-rbm --dataset $(DATASET) \
+	$(RUN) -m training.evaluate_alignment --runs runs/align-probe runs/align-sail runs/align-sail-sigmoid runs/align-rbm --dataset $(DATASET) \
 		--output benchmarks/results/alignment.json
 	$(RUN) -m training.evaluate_alignment --study --vision $(VISION) $(STUDY) --text $(TEXT) --dataset $(DATASET) \
 		--max_images 2000 \
@@ -151,6 +151,8 @@ bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cos
 bench-generate: .venv/installed  ## speed of generate beside transformers' own BLIP, time of captioning a folder (needs a quiet machine)
 	$(RUN) -m benchmarks.generate --models blip_base --batches 4 1 --output benchmarks/results/generate.json
 	$(RUN) -m benchmarks.folder --dataset $(DATASET) --output benchmarks/results/folder.json
+	$(RUN) -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset $(DATASET) --int8 true \
+		--output benchmarks/results/captions_int8.json
 
 bench-contrastive: .venv/installed  ## memory of the contrastive losses at batches to 32,768
 	$(RUN) -m benchmarks.contrastive --output benchmarks/results/contrastive.json

@@ -1,6 +1,7 @@
 """The stages one after the other, on drawn images with a tiny tower and a tiny BERT."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from PIL import Image as PILImage
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from tests.stages import COLOURS, in_process
+from training import train_reranker
+from training.data import fold_of
 from training.pairs import load_pairs
 
 
@@ -113,6 +116,26 @@ def test_reranker(work, data):
     report = json.loads((work / "reranker" / "reranker.json").read_text())
     assert [entry["epoch"] for entry in report["held_back"]] == [0, 1, 2, 3]
     assert report["candidates"]["training"]["oracle_cider"] >= report["candidates"]["training"]["sampled_cider"]
+
+
+def test_reranker_with_writers_that_have_not_seen_the_images(work, data, pairs):
+    for fold in (0, 1):
+        train = ["--model", "captioner/best", *data, "--output_dir", f"fold-{fold}", "--folds", 2, "--fold", fold]
+        train += [*CAPTIONER, "--unigram_bias", "false", "--max_steps", 2, "--eval_steps", 2, "--learning_rate", 0]
+        in_process("train_captioner", *train, "--ema_decay", 0, cwd=work)
+    rerank = ["--model", "rbm/best", *data, "--output_dir", "crossed", "--epochs", 1, "--candidates", 3]
+    rerank += ["--writer_images", 12, "--batch_size", 5, "--max_new_tokens", 9]
+    with pytest.raises(
+        ValueError, match="number 0 of 2 .* --folds 2 --fold 0, but fold-1/best was with --folds 2 --fold 1"
+    ):
+        in_process("train_reranker", *rerank, "--writer", "fold-1/best", "fold-0/best", cwd=work)
+    with mock.patch("training.train_reranker.write_candidates", wraps=train_reranker.write_candidates) as write:
+        in_process("train_reranker", *rerank, "--writer", "fold-0/best", "fold-1/best", cwd=work)
+    folds = fold_of(load_pairs(str(pairs), "train")["image_id"], 2)
+    asked = [set(folds[call.args[3]]) for call in write.call_args_list]
+    assert asked == [{0}, {1}] * 2  # training images, then those held back
+    with pytest.raises(ValueError, match="--fold is 2, but must be at least 0 and less than --folds, which is 2"):
+        in_process("train_captioner", *train[:-1], 0, "--fold", 2, cwd=work)
 
 
 def test_tower_is_trained_in_part(work, data):

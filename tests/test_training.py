@@ -13,7 +13,7 @@ from tests.conftest import VOCABULARY, random_image, tiny_tokenizer
 from tests.stages import in_process, process
 from training.average_captioners import average
 from training.checkpoints import save_captioner
-from training.data import CaptionWords, split_held_back
+from training.data import CaptionWords, fold_of, split_held_back
 from training.distributed import new_accelerator
 from training.evaluate_captions import caption_rows
 from training.evaluate_rbm import average_precision
@@ -73,6 +73,15 @@ def test_held_back_images_do_not_depend_on_the_order(pairs):
     assert {dataset[int(i)]["image_id"] for i in held} == {shuffled[int(i)]["image_id"] for i in held_again}
     with pytest.raises(ValueError, match="held_back is 24"):
         split_held_back(dataset, 24)
+
+
+def test_folds_are_of_the_images_not_of_their_order():
+    ids = [f"image-{i}" for i in range(1009)]
+    folds = fold_of(ids, 3)
+    assert np.array_equal(fold_of(ids[::-1], 3), folds[::-1])
+    assert min(np.bincount(folds)) > 1009 / 3 - 60 and len(np.bincount(folds)) == 3
+    held_back = split_held_back(Dataset.from_dict({"image_id": ids}), 97)[1]
+    assert min(np.bincount(folds[held_back])) > 15  # independent of which are held back
 
 
 # ---------------------------------------------------------------- vocabulary

@@ -92,6 +92,15 @@ class CaptionerArguments:
             "the captioner sees the aligned space (its tower must be built with --aligned too)"
         },
     )
+    folds: int = field(
+        default=1, metadata={"help": "parts of the training images, of which one is left out if there are several"}
+    )
+    fold: int = field(
+        default=0,
+        metadata={
+            "help": "the part that is left out: images for which training.train_reranker then has candidates written"
+        },
+    )
     lora_rank: int = field(default=16, metadata={"help": "rank of the changes with --parts lora"})
     cause_tokens: int = field(default=4, metadata={"help": "m, of refine"})
     dropout: float = field(default=0.1, metadata={"help": "in the decoder"})

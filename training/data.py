@@ -34,6 +34,15 @@ def split_held_back(dataset: Dataset, held_back: int, seed: int = 0) -> tuple[np
     return np.sort(order[held_back:]), np.sort(order[:held_back])
 
 
+def fold_of(image_ids: Iterable[str], folds: int, seed: int = 0) -> np.ndarray:
+    """(n,) in which of so many parts an image is, by the hash of its id: the same in every stage, as in `split_held_back`.
+
+    Other bytes of the hash than those that hold images back, so that both have a share of every part.
+    """
+    digests = (hashlib.sha256(f"{seed}:{image_id}".encode()).digest() for image_id in image_ids)
+    return np.array([int.from_bytes(digest[8:16], "big") % folds for digest in digests], dtype=np.int64)
+
+
 def image_view(image, view: int, seed: int):
     """The image as training view number `view` (see `CROP_SIDES`). `seed` makes the random crop repeatable."""
     if view == 0:

@@ -128,6 +128,19 @@ def folder_line(folder: dict) -> str:
     )
 
 
+def int8_line(results: dict, int8: dict) -> str:
+    """What the embedded model's captions lose in 8 bits."""
+    said, rounded = ({entry["image_id"]: entry for entry in result["captions"]} for result in (results, int8))
+    parts = []
+    for name in ("BLIP", "BLIP-RBM"):
+        before, after = (result["systems"][name]["CIDEr-D"] for result in (results, int8))
+        same = sum(said[i][name] == rounded[i][name] for i in rounded) / len(rounded)
+        parts.append(
+            f"{name} {after:.1f} CIDEr-D in 8 bits, {before:.1f} in fp32, {same:.0%} of the captions the same word for word"
+        )
+    return f"{int8['images']:,} images of {int8['dataset']} {int8['split']}: {'; '.join(parts)}."
+
+
 def ablation_table(results: dict) -> str:
     """Each strategy alone, and what costs as many beams without an RBM."""
     columns = ("CIDEr-D", "BLEU-4", "ROUGE-L", "vocabulary", "novel")
@@ -390,6 +403,7 @@ def blocks() -> dict[str, str]:
         "ablation": ablation_table(results),
         "diversity": diversity_table(benchmark("diversity.json")),
         "speed": generate_table(benchmark("generate.json")) + "\n\n" + folder_line(benchmark("folder.json")),
+        "int8": int8_line(results, benchmark("captions_int8.json")),
         "confidence": confidence_table(read("confidence.json")),
         "alignment": alignment_table(benchmark("alignment.json")),
         "noise": noise_table(benchmark("noise.json")),

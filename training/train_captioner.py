@@ -35,7 +35,7 @@ from modeling_blip_rbm.modeling_blip_rbm import pool_tokens, vision_tokens
 from training.align import AlignedTokens, load_image_layer
 from training.arguments import CaptionerArguments, DataArguments, parse_arguments
 from training.checkpoints import peak_memory_mb, refuse_other_output, save_captioner, write_json
-from training.data import random_view, split_held_back
+from training.data import fold_of, random_view, split_held_back
 from training.evaluate_captions import caption_rows
 from training.features import load_features
 from training.metrics import CiderD, corpus_diversity
@@ -523,6 +523,10 @@ def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerA
 def main():
     data, captioner, args = parse_arguments(DataArguments, CaptionerArguments, TrainingArguments)
     refuse_other_output(args.output_dir, "captioner.json", "checkpoint-*", "best", "pairs.json")
+    if not 0 <= captioner.fold < captioner.folds:
+        raise ValueError(
+            f"--fold is {captioner.fold}, but must be at least 0 and less than --folds, which is {captioner.folds}"
+        )
     args.remove_unused_columns = False
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(captioner.model)
@@ -555,6 +559,8 @@ def main():
             store = AlignedTokens(store, load_image_layer(captioner.aligned))
         images = CachedViews(store)
     train_rows, held_rows = split_held_back(dataset, data.held_back)
+    if captioner.folds > 1:
+        train_rows = train_rows[fold_of(dataset["image_id"], captioner.folds)[train_rows] != captioner.fold]
     captions = dataset["captions"][:]
     tokens = [caption_tokens(processor, captions[i]) for i in train_rows]
     seen = [token for of_image in tokens for caption in of_image for token in caption[1:]]

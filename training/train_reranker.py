@@ -1,20 +1,21 @@
 """Stage 3: fit the RBM's energy to captions that a captioner writes itself, so that re-rank chooses the better ones.
 
-    python -m training.train_reranker training/recipes/reranker-small.yaml --model runs/rbm/best --writer runs/captioner/first \
+    python -m training.train_reranker training/recipes/reranker-small.yaml --model runs/rbm/best --writer runs/fold-0/best runs/fold-1/best \
         --dataset flickr8k --output_dir runs/reranker
 
-The `writer` samples candidates for training images, each with its sentence CIDEr-D. A candidate's score is that of re-rank
+A `writer` samples candidates for training images, each with its sentence CIDEr-D. A candidate's score is that of re-rank
 (log P per token, PMI, consensus, and their weights, which are learned along); the loss is minus the expected CIDEr-D under the
 softmax of the scores over an image's candidates (listwise, as ListNet, Cao et al. 2007; an energy trained on a metric, Bhattacharyya
 et al., EACL 2021), beside the losses that the RBM was trained with.
 
-The writer should not know the training images by heart, or its candidates hold none of the faults that it makes on new images: take
-an early captioner. `reranker.json` says how good its samples are on training and on held-back images.
+A writer that knows the training images by heart makes none of the faults there that it makes on new images. So there may be several, each
+trained without a part of the images (`train_captioner --folds 2 --fold 0`, `--fold 1`), for which it then writes: cross-fitting. Writer number k
+of n must be the one without fold k. `reranker.json` says how good the samples are on training and on held-back images.
 """
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from modeling_blip_rbm.decoding_blip_rbm import caption_similarity, consensus, w
 from modeling_blip_rbm.rbm import hidden_input, pointwise_mutual_information
 from training.arguments import DataArguments, parse_arguments
 from training.checkpoints import refuse_other_output, save_captioner, write_json
-from training.data import caption_words, split_held_back
+from training.data import caption_words, fold_of, split_held_back
 from training.distributed import new_accelerator
 from training.evaluate_rbm import evaluate_rbm
 from training.features import load_features
@@ -36,10 +37,16 @@ from training.train_captioner import GumbelNoise, caption_tokens
 from training.train_rbm import PooledPairs, RBMArguments, RBMObjective, prepared, train_epoch
 
 
+FASTER = 30
+
+
 @dataclass
 class RerankerArguments(RBMArguments):
-    writer: str = field(
-        default=None, metadata={"help": "captioner that writes the candidates, best an early one; default: the model"}
+    writer: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "captioners that write the candidates, number k for the images of fold k; default: the model"
+        },
     )
     writer_images: int = field(default=3000, metadata={"help": "training images that get candidates"})
     candidates: int = field(default=16, metadata={"help": "samples an image"})
@@ -71,11 +78,32 @@ def write_candidates(writer, processor, store, rows, active, args: RerankerArgum
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-class Candidates:
-    """The candidates of some images, ready for the loss."""
+def refuse_other_fold(writer: Path, fold: int, folds: int):
+    """ValueError if the record of a writer's training says that it was trained on the images for which it is to write."""
+    record = next((f / "captioner.json" for f in (writer, writer.parent) if (f / "captioner.json").exists()), None)
+    trained = json.loads(record.read_text())["captioner"] if record else {}
+    if folds > 1 and (found := (trained.get("fold"), trained.get("folds"))) not in ((None, None), (fold, folds)):
+        raise ValueError(
+            f"--writer number {fold} of {folds} must have been trained with --folds {folds} --fold {fold}, but {writer} was with "
+            f"--folds {found[1]} --fold {found[0]}: it would write for images that it knows"
+        )
 
-    def __init__(self, writer, processor, store, rows, references, active, columns, num_words, args):
-        parts = write_candidates(writer, processor, store, rows, active, args)
+
+class Candidates:
+    """The candidates of some images, ready for the loss.
+
+    Args:
+        writers: (captioner, its `FeatureStore`) each. folds (rows,): the number of the one that writes for a row.
+    """
+
+    def __init__(self, writers, processor, rows, folds, references, active, columns, num_words, args):
+        parts = {}
+        for number, (writer, store) in enumerate(writers):
+            which = np.flatnonzero(folds == number)
+            if len(which):
+                for name, values in write_candidates(writer, processor, store, rows[which], active, args).items():
+                    whole = parts.setdefault(name, values.new_empty(len(rows), *values.shape[1:]))
+                    whole[which] = values
         sequences = parts.pop("sequences")
         scorer = CiderD(references)
         texts = [processor.captions(of_image) for of_image in sequences]
@@ -105,11 +133,12 @@ class RerankObjective(torch.nn.Module):
         super().__init__()
         self.own, self.settings = RBMObjective(rbm, settings), settings
         self.candidates, self.candidate_images = candidates, candidate_images  # (images, views, V)
-        self.log_weights = torch.nn.Parameter(torch.tensor([10.0, 0.5, 10.0]).log())  # of log P, PMI and consensus
+        # of log P, PMI and consensus; three numbers that have further to go than the RBM's weights: at `FASTER` times their rate
+        self.log_weights = torch.nn.Parameter(torch.tensor([10.0, 0.5, 10.0]).log() / FASTER)
 
     @property
     def weights(self):
-        return self.log_weights.exp()
+        return (FASTER * self.log_weights).exp()
 
     def forward(self, pooled, w, noise):
         loss, terms = self.own(pooled, w, noise)
@@ -160,16 +189,21 @@ def main():
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
-    writer = BlipRBMForConditionalGeneration.from_pretrained(args.writer or args.model).eval()
-    sizes = [m.config.text_config.vocab_size for m in (model, writer)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"the writer has {sizes[1]} word-pieces, the model {sizes[0]}: their token ids differ; shrink the writer too "
-            "(training.shrink_vocabulary, with the same data)"
-        )
     pooling = model.config.rbm_pooling
     dataset, store = load_features(data, model.vision_model, processor.image_processor, pooling=pooling)
-    writer_store = load_features(data, writer.vision_model, processor.image_processor)[1]
+    writers = []
+    for number, path in enumerate(args.writer or [args.model]):
+        refuse_other_fold(Path(path), number, len(args.writer))
+        writer = BlipRBMForConditionalGeneration.from_pretrained(path).eval()
+        sizes = [m.config.text_config.vocab_size for m in (model, writer)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the writer {path} has {sizes[1]} word-pieces, the model {sizes[0]}: their token ids differ; shrink the writer too "
+                "(training.shrink_vocabulary, with the same data)"
+            )
+        one_view = replace(data, views=1)
+        writers.append((writer, load_features(one_view, writer.vision_model, processor.image_processor)[1]))
+    folds = fold_of(dataset["image_id"], len(writers))
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"][:]
     tokens = {token for i in train_rows for ids in caption_tokens(processor, captions[i]) for token in ids[1:]}
@@ -180,7 +214,7 @@ def main():
     some_rows = train_rows[np.random.default_rng(args.seed).permutation(len(train_rows))[: args.writer_images]]
     candidates, held_candidates = (
         Candidates(
-            writer, processor, writer_store, rows, [captions[i] for i in rows], active, columns, len(word_ids), args
+            writers, processor, rows, folds[rows], [captions[i] for i in rows], active, columns, len(word_ids), args
         )
         for rows in (some_rows, held_rows)
     )
