@@ -15,6 +15,7 @@ from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMForImageTe
 from modeling_blip_rbm.rbm import RBMParameters, pairwise_mutual_information, pointwise_mutual_information
 from tests.conftest import WORD_IDS
 from tests.stages import in_process
+from training import capfilt
 from training.align import AlignedTokens, load_image_layer
 from training.capfilt import shuffled
 from training.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces, sigmoid_loss
@@ -269,6 +270,22 @@ def test_capfilt_of_a_captioner_without_rbm(pairs, towers, tmp_path):
     in_process("capfilt", *command, *noisy, "--output_dir", "found", cwd=tmp_path)
     report = json.loads((tmp_path / "found" / "capfilt.json").read_text())
     assert report["kept"] == report["captions"] and report["synthetic_kept"] == 0  # nothing lost, nothing to replace
+
+
+def test_capfilt_once_more_on_what_is_left(saved_model, pairs, tmp_path):
+    command = ["--model", saved_model, "--dataset", pairs, "--cache_dir", "features", "--held_back", 6, "--views", 1]
+    command += ["--shuffle", 0.6, "--epochs", 20, "--batch_size", 6, "--rounds"]
+    with mock.patch("training.capfilt.rbm_of_noisy_pairs", wraps=capfilt.rbm_of_noisy_pairs) as train:
+        in_process("capfilt", *command, 2, "--output_dir", "twice", cwd=tmp_path)
+    images = [set(call.args[3].tolist()) for call in train.call_args_list]
+    captions = [sum(len(call.args[2][i]) for i in own) for call, own in zip(train.call_args_list, images)]
+    assert len(images) == 4 and not images[0] & images[1] and not images[2] & images[3]
+    assert images[2] <= images[0] and images[3] <= images[1]  # still the half that is not judged
+    assert 0 < captions[2] < captions[0] and 0 < captions[3] < captions[1]
+    with pytest.raises(ValueError, match="--least 1.1 leaves no caption"):
+        in_process("capfilt", *command, 2, "--least", 1.1, "--output_dir", "none", cwd=tmp_path)
+    with pytest.raises(ValueError, match="--rounds is 2, but must be"):
+        in_process("capfilt", *command, 2, "--shuffle", 0, "--output_dir", "none", cwd=tmp_path)
 
 
 def test_capfilt(saved_model, pairs, tmp_path):

@@ -9,7 +9,8 @@ wrong by a logistic function of that, fitted on held-back images: their captions
 negatives, the best of a few captions of other images, and written into the model's config.
 
 With `--shuffle 0.3` that share of the captions is first exchanged between images and an RBM is trained on the noisy pairs of each half of
-the images, which judges the other half, its synthetic captions as well; `capfilt.json` says how well the wrong ones are found. For an honest
+the images, which judges the other half, its synthetic captions as well; with `--rounds 2` on what is left of them, once more;
+`capfilt.json` says how well the wrong ones are found. For an honest
 measurement the model must not know the right pairs: a tower that never saw captions, a captioner trained on the noisy pairs (`noisy/`).
 """
 
@@ -48,6 +49,10 @@ class CapFiltArguments:
         default=0.0, metadata={"help": "exchange this share of the captions first, to measure the filter"}
     )
     epochs: int = field(default=15, metadata={"help": "of the RBMs trained on shuffled pairs"})
+    rounds: int = field(
+        default=1,
+        metadata={"help": "times that those are trained, from the second on with the captions that are likelier right"},
+    )
     batch_size: int = field(default=192, metadata={"help": "of their training"})
     negatives: int = field(
         default=4, metadata={"help": "captions of other images among which the hard negative is chosen"}
@@ -125,6 +130,10 @@ def fit_filter(rbm, store, words: CaptionWords, rows, seed: int) -> list[float]:
     return fit_head(own, np.concatenate(other))[0]
 
 
+def kept_captions(captions: list[str], chance: np.ndarray, least: float) -> list[str]:
+    return [caption for caption, p in zip(captions, chance) if p >= least]
+
+
 def chances(head: list[float], evidence: list[np.ndarray]) -> list[np.ndarray]:
     return [expit(head[0] + head[1] * of_image) for of_image in evidence]
 
@@ -142,13 +151,17 @@ def rbm_of_noisy_pairs(model, store, words, rows, held_rows, args: CapFiltArgume
     return fresh.rbm_layer.rbm
 
 
-def noisy_judges(model, store, words, train_rows, held_rows, args: CapFiltArguments):
+def noisy_judges(model, store, words, train_rows, held_rows, args: CapFiltArguments, round_number: int = 0):
     """Two RBMs of noisy pairs, each with the rows of the half of the images that it has not seen."""
     halves = np.array_split(np.random.default_rng(args.seed).permutation(train_rows), 2)
-    return [
-        (rbm_of_noisy_pairs(model, store, words, np.sort(seen), held_rows, args, f"rbm-{k}"), unseen)
-        for k, (seen, unseen) in enumerate((halves, halves[::-1]))
-    ]
+    judges = []
+    for k, half in enumerate(halves):
+        seen = np.array([row for row in np.sort(half) if len(words[row])])
+        if not len(seen):
+            raise ValueError(f"--least {args.least} leaves no caption to train on once more: give a lower one")
+        name = f"rbm-{k}" + (f"-{round_number}" if round_number else "")
+        judges.append((rbm_of_noisy_pairs(model, store, words, seen, held_rows, args, name), halves[1 - k]))
+    return judges
 
 
 @dataclass
@@ -204,6 +217,10 @@ def write_pairs(images: Dataset, captions: list[list[str]], folder: Path, split:
 def main():
     data, args = parse_arguments(DataArguments, CapFiltArguments)
     refuse_other_output(args.output_dir, "capfilt.json", "rbm-0")
+    if args.rounds < 1 or (args.rounds > 1 and not args.shuffle):
+        raise ValueError(
+            f"--rounds is {args.rounds}, but must be at least 1, and 1 without --shuffle: only RBMs of shuffled pairs are trained here"
+        )
     if data.streaming:
         raise ValueError("capfilt writes the images that it keeps, so it cannot stream them: leave --streaming out")
     processor = BlipRBMProcessor.from_pretrained(args.model)
@@ -221,6 +238,13 @@ def main():
     words = caption_words(processor.tokenizer, captions, word_ids)
     if args.shuffle:
         judges = noisy_judges(model, store, words, train_rows, held_rows, args)
+        for round_number in range(1, args.rounds):
+            chance = Filter(judges, store, words, held_rows, args.least, args.seed)(train_rows, words)[1]
+            left = [list(of_image) for of_image in captions]  # of held-back images all
+            for i, of_image in zip(train_rows, chance):
+                left[i] = kept_captions(captions[i], of_image, args.least)
+            left = caption_words(processor.tokenizer, left, word_ids)
+            judges = noisy_judges(model, store, left, train_rows, held_rows, args, round_number)
     else:
         rbm = model.rbm_layer.rbm
         judges = [(rbm, train_rows)]
@@ -231,7 +255,7 @@ def main():
             write_json(config_file, json.loads(config_file.read_text()) | {"rbm_match": head})
     judge = Filter(judges, store, words, held_rows, args.least, args.seed)
     evidence, chance = judge(train_rows, words)
-    kept = [[c for c, p in zip(captions[i], of_image) if p >= args.least] for i, of_image in zip(train_rows, chance)]
+    kept = [kept_captions(captions[i], of_image, args.least) for i, of_image in zip(train_rows, chance)]
     if args.shuffle:
         is_wrong = np.concatenate([wrong[i] for i in train_rows])
         report["auc_of_wrong_captions"] = float(roc_auc_score(is_wrong, -np.concatenate(evidence)))
