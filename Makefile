@@ -12,7 +12,7 @@ STUDY ?= ../shared/weights/dinov2-small@4,6,8,10,12 checkpoints/blip-rbm-small
 RUN = .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help align aligned-captioner capfilt noise diversity seeds scale demo test test-slow test-min check report train tutorial evaluate bench bench-generate bench-contrastive clean
+.PHONY: help align aligned-captioner capfilt noise diversity reranker seeds scale demo test test-slow test-min check report train tutorial evaluate bench bench-generate bench-contrastive clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,7 +52,7 @@ align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, 
 
 capfilt: .venv/installed  ## how well exchanged captions are found, 30 % and 60 % of them, on DATASET
 	for share in 30 60; do \
-		$(RUN) -m training.capfilt --model checkpoints/blip-rbm-small --dataset $(DATASET) --shuffle 0.$$share --views 2 \
+		$(RUN) -m training.capfilt --model checkpoints/blip-rbm-small --dataset $(DATASET) --shuffle 0.$$share --rounds 3 --views 2 \
 			--output_dir runs/capfilt-$$share || exit 1; \
 		cp runs/capfilt-$$share/capfilt.json benchmarks/results/capfilt_$$share.json; \
 	done
@@ -72,6 +72,17 @@ aligned-captioner: .venv/installed  ## a captioner's way from image to words on 
 		--aligned runs/align-sail-raw --dataset $(DATASET) --output_dir runs/way-aligned
 	cp runs/way-raw/captioner.json benchmarks/results/captioner_raw.json
 	cp runs/way-aligned/captioner.json benchmarks/results/captioner_aligned.json
+
+# The writers' way from image to words is trained without the images that they write for; the decoder's language is the embedded one's.
+reranker: .venv/installed  ## fit the RBM's energy to candidates of two captioners, each for images that it has not seen, on DATASET (an hour)
+	$(RUN) -m training.build_captioner --decoder checkpoints/blip-rbm-small --vision $(VISION) --output_dir runs/raw-start
+	for fold in 0 1; do \
+		$(RUN) -m training.train_captioner training/recipes/captioner-cross-attention.yaml --model runs/raw-start --num_train_epochs 3 \
+			--folds 2 --fold $$fold --dataset $(DATASET) --output_dir runs/fold-$$fold || exit 1; \
+	done
+	$(RUN) -m training.train_reranker training/recipes/reranker-small.yaml --model checkpoints/blip-rbm-small \
+		--writer runs/fold-0/best runs/fold-1/best --dataset $(DATASET) --output_dir runs/reranker
+	cp runs/reranker/reranker.json benchmarks/results/reranker.json
 
 scale: .venv/installed  ## what the RBM stage takes: the ten-minute path on DATASET, memory at 6,000 and 60,000 images
 	rm -rf runs/scale
