@@ -128,9 +128,9 @@ def _can_pack(weight: torch.Tensor, int8: bool) -> bool:
 @contextmanager
 def packed_linears(model: nn.Module, int8: bool = False):
     """While inside, the model's linear layers use packed weights, if it is on a CPU where that pays and no gradient is wanted. The packed
-    weights, as large as the others (with `int8` a quarter of fp32), are kept for the next time."""
+    weights, as large as the others (with `int8` a quarter of fp32), are kept for the next time. Inside another, nothing changes."""
     modules = [module for module in model.modules() if isinstance(module, PackableLinear)]
-    modules = [module for module in modules if _can_pack(module.weight, int8)]
+    modules = [module for module in modules if module.packed_weight is None and _can_pack(module.weight, int8)]
     for module in modules:
         module.packed_weight = _packed_weight(module, int8)
     try:

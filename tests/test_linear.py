@@ -62,6 +62,17 @@ def test_8_bits(dtype, shape):
 
 
 @torch.no_grad()
+def test_one_inside_another():
+    model, x = new_model(), torch.randn(5, 13)
+    with packed_linears(model, int8=True):
+        outer = model(x)
+        with packed_linears(model):
+            assert torch.equal(model(x), outer)
+        assert torch.equal(model(x), outer)
+    assert model[0].packed_weight is None
+
+
+@torch.no_grad()
 def test_8_bits_and_more_take_turns():
     model, x = new_model(), torch.randn(5, 13)
     outputs = []
