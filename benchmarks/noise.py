@@ -42,7 +42,7 @@ def measured_captioner(args, pairs: str | Path, folder: Path) -> dict:
 
 def filtered(args, model: Path, percent: int, folder: Path, *more) -> dict:
     if not (folder / "capfilt.json").exists():
-        data = ["--dataset", args.dataset, "--views", 1, "--cache_dir", args.cache_dir]
+        data = ["--dataset", args.dataset, "--views", 1, "--rounds", 3, "--cache_dir", args.cache_dir]
         stage("capfilt", "--model", model, *data, "--shuffle", percent / 100, "--output_dir", folder, *more)
     return json.loads((folder / "capfilt.json").read_text())
 

@@ -21,7 +21,7 @@ from torch import nn
 
 
 BLOCK = 512  # rows at a time of a product in 8 bits, so that its 32-bit sums stay in the cache
-_packed = weakref.WeakKeyDictionary()  # module -> what its weight was, and the weight packed
+_packed = weakref.WeakKeyDictionary()  # module -> {in 8 bits or not: (what its weight was, the weight packed)}
 
 
 class PackableLinear(nn.Linear):
@@ -109,11 +109,11 @@ def _packed_weight(module: PackableLinear, int8: bool):
     """Packed anew only if the weight has changed. Its sum is asked for because `weight.data` can change behind PyTorch's back."""
     weight = module.weight
     version = 0 if weight.is_inference() else weight._version
-    state = (int8, weight.data_ptr(), version, weight.dtype, weight.sum().item())
-    kept = _packed.get(module)
-    if kept is None or kept[0] != state:
-        kept = _packed[module] = state, (_pack_int8 if int8 else _pack)(weight)
-    return kept[1]
+    state = (weight.data_ptr(), version, weight.dtype, weight.sum().item())
+    kept = _packed.setdefault(module, {})
+    if int8 not in kept or kept[int8][0] != state:
+        kept[int8] = state, (_pack_int8 if int8 else _pack)(weight)
+    return kept[int8][1]
 
 
 def _can_pack(weight: torch.Tensor, int8: bool) -> bool:

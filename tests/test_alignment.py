@@ -272,6 +272,19 @@ def test_capfilt_of_a_captioner_without_rbm(pairs, towers, tmp_path):
     assert report["kept"] == report["captions"] and report["synthetic_kept"] == 0  # nothing lost, nothing to replace
 
 
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
+def test_the_share_of_wrong_captions_is_found(share):
+    """Of two normal distributions the log-odds are known exactly."""
+    rng = np.random.default_rng(0)
+    wrong = rng.random(4001) < share
+    own = rng.normal(np.where(wrong, 0.0, 3.0))
+    (bias, weight), found = capfilt.fit_mixture(own, rng.normal(size=4003))
+    exact = (-4.5 + np.log((1 - share) / share), 3.0)  # log N(e; 3, 1) / N(e; 0, 1) = 3 e - 9/2, and that of the shares
+    assert abs(found - share) < 0.05
+    assert abs(weight - exact[1]) < 0.3 and abs(-bias / weight - -exact[0] / exact[1]) < 0.1  # where a chance is a half
+    assert np.isfinite(capfilt.fit_mixture(own[~wrong] + 9, own[wrong])[0]).all()  # nothing is wrong
+
+
 def test_capfilt_once_more_on_what_is_left(saved_model, pairs, tmp_path):
     command = ["--model", saved_model, "--dataset", pairs, "--cache_dir", "features", "--held_back", 6, "--views", 1]
     command += ["--shuffle", 0.6, "--epochs", 20, "--batch_size", 6, "--rounds"]

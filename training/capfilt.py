@@ -4,8 +4,8 @@
     python -m training.train_captioner ... --dataset runs/filtered
 
 A caption is judged by how much likelier the RBM finds its words for its image than for other images, and kept if it is likelier right than
-wrong by a logistic function of that, fitted on held-back images: their captions against exchanged ones (BLIP, arXiv 2201.12086, section
-3.3, with the energy for its matching head). The head of `BlipRBMForImageTextRetrieval` is fitted too, on PMI alone and against hard
+wrong by a logistic function of that (BLIP, arXiv 2201.12086, section 3.3, with the energy for its matching head), fitted on held-back
+images: their captions, of which an unknown share is wrong, and exchanged ones, which all are. `capfilt.json` says how large that share is found. The head of `BlipRBMForImageTextRetrieval` is fitted too, on PMI alone and against hard
 negatives, the best of a few captions of other images, and written into the model's config.
 
 With `--shuffle 0.3` that share of the captions is first exchanged between images and an RBM is trained on the noisy pairs of each half of
@@ -121,13 +121,36 @@ def fit_matching_head(rbm, store, words: CaptionWords, rows, negatives: int, see
     return fit_head(similarity.diagonal(), np.array(hard))
 
 
+def fit_mixture(own: np.ndarray, other: np.ndarray, iterations: int = 30) -> tuple[list[float], float]:
+    """Bias and weight of the log-odds that one of `own` is right, and the share of those that are wrong.
+
+    Positive and unlabelled learning (Elkan & Noto, KDD 2008): an unknown share of `own` is wrong, and scores as `other` does, where all are.
+    Below the median of `other` hardly a right one is found, which gives the share; then logistic regression and the chances of `own` in
+    turns (EM).
+
+    Args:
+        own (n,), other (m,): evidence for captions of their images, and for exchanged ones.
+    """
+    share = float(np.clip((own <= np.median(other)).mean() / 0.5, 0.01, 0.99))
+    score = np.concatenate([own, own, other])[:, None]
+    label = np.repeat([True, False, False], [len(own), len(own), len(other)])
+    chance = np.full(len(own), 1 - share)
+    for _ in range(iterations):
+        weight = np.concatenate([chance, 1 - chance, np.ones(len(other))])
+        fitted = LogisticRegression(C=100.0).fit(score, label, sample_weight=weight)
+        # its prior is of all that it was fitted to; that of `own` is 1 - share
+        right = chance.sum()
+        bias = fitted.intercept_[0] + np.log((1 - share) / share) - np.log(right / (len(own) + len(other) - right))
+        chance = expit(bias + fitted.coef_[0, 0] * own)
+    return [float(bias), float(fitted.coef_[0, 0])], share
+
+
 @torch.no_grad()
-def fit_filter(rbm, store, words: CaptionWords, rows, seed: int) -> list[float]:
-    """Bias and weight of `caption_evidence` in the log-odds that a caption was written for its image, on these images: their captions
-    against those of others, exchanged at random."""
+def fit_filter(rbm, store, words: CaptionWords, rows, seed: int) -> tuple[list[float], float]:
+    """`fit_mixture` of `caption_evidence` on these images: their captions, and those of others, exchanged at random."""
     own = np.concatenate(caption_evidence(rbm, store, words, rows, rows))
     other = caption_evidence(rbm, store, words, rows, rows, np.random.default_rng(seed).permutation(rows))
-    return fit_head(own, np.concatenate(other))[0]
+    return fit_mixture(own, np.concatenate(other))
 
 
 def kept_captions(captions: list[str], chance: np.ndarray, least: float) -> list[str]:
@@ -170,7 +193,8 @@ class Filter:
 
     Args:
         judges: RBMs, and the rows of the images that each judges; the scale of each is fitted once, here.
-        words: of the captions of all images. Those of the held-back ones, as right as they are, make the scale: against exchanged ones.
+        words: of the captions of all images. Those of the held-back ones make the scale, against exchanged ones; they may be as wrong as the
+            others.
         least: chance from which a caption is kept.
     """
 
@@ -182,7 +206,9 @@ class Filter:
     seed: int
 
     def __post_init__(self):
-        self.heads = [fit_filter(rbm, self.store, self.words, self.held_rows, self.seed) for rbm, _ in self.judges]
+        fitted = [fit_filter(rbm, self.store, self.words, self.held_rows, self.seed) for rbm, _ in self.judges]
+        self.heads = [head for head, _ in fitted]
+        self.share_wrong = float(np.mean([share for _, share in fitted]))
 
     def __call__(self, rows, words: CaptionWords) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Of these images, the evidence for each caption in `words`, and its chance of being right."""
@@ -264,6 +290,7 @@ def main():
         report["share_right_after"] = float(np.concatenate(right).mean())
     report |= {
         "captions": sum(len(captions[i]) for i in train_rows), "kept": sum(map(len, kept)),
+        "share_wrong_estimated": judge.share_wrong,
         "capfilt": asdict(args), "data": asdict(data),
     }  # fmt: skip
     images, output_dir = dataset.select(train_rows), Path(args.output_dir)

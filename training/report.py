@@ -299,12 +299,12 @@ def cost_table(quick: dict, scale: dict) -> str:
 
 def capfilt_table(results: list[dict]) -> str:
     lines = [
-        "| captions exchanged | AUC of finding them | right before | right after | kept |",
-        "|---|---|---|---|---|",
+        "| captions exchanged | estimated | AUC of finding them | right before | right after | kept |",
+        "|---" * 6 + "|",
     ]
     for entry in results:
         lines.append(
-            f"| {entry['capfilt']['shuffle']:.0%} | {entry['auc_of_wrong_captions']:.3f} | {entry['share_right_before']:.0%} | "
+            f"| {entry['capfilt']['shuffle']:.0%} | {entry['share_wrong_estimated']:.0%} | {entry['auc_of_wrong_captions']:.3f} | {entry['share_right_before']:.0%} | "
             f"{entry['share_right_after']:.0%} | {entry['kept'] / entry['captions']:.0%} |"
         )
     return "\n".join(lines)
