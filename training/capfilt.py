@@ -293,6 +293,10 @@ def main():
         "share_wrong_estimated": judge.share_wrong,
         "capfilt": asdict(args), "data": asdict(data),
     }  # fmt: skip
+    if not any(kept):
+        raise ValueError(
+            f"no caption is right with a chance of --least {args.least} or more: give a lower one; nothing was written"
+        )
     images, output_dir = dataset.select(train_rows), Path(args.output_dir)
     if args.synthetic:
         report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)
