@@ -4,19 +4,24 @@ Decoding multiplies a few rows, as many as there are beams, with large matrices.
 matrices reads those several times slower than memory gives them; oneDNN, with weights in the order in which it reads them, does not
 (`benchmarks/generate.py`, docs/experiments.md). PyTorch's compiler uses the same operators on frozen weights. Results differ from those
 of `nn.Linear` by rounding alone.
+
+With `int8=True` weights and inputs are rounded to 8 bits, weights with a scale for each output and inputs with one for each row, so that
+a caption does not depend on what else is in its batch (torchao's "int8 dynamic activation, int8 weight", in PyTorch's own product).
 """
 
 import functools
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
-_packed = weakref.WeakKeyDictionary()  # module -> what its weight was, and the weight packed
+BLOCK = 512  # rows at a time of a product in 8 bits, so that its 32-bit sums stay in the cache
+_packed = weakref.WeakKeyDictionary()  # module -> {in 8 bits or not: (what its weight was, the weight packed)}
 
 
 class PackableLinear(nn.Linear):
@@ -27,15 +32,44 @@ class PackableLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.packed_weight is None:
             return super().forward(input)
-        return _product(input, self.packed_weight, self.bias)
+        if isinstance(self.packed_weight, torch.Tensor):
+            return _product(input, self.packed_weight, self.bias)
+        return _int8_product(input, self.packed_weight, self.bias)
 
 
 def _product(x, packed_weight, bias=None):
     return torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, "none", [], "")
 
 
+class Int8Weight(NamedTuple):
+    rounded: torch.Tensor  # (O, I)
+    scale: torch.Tensor  # (O,), fp32
+
+
+def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row in steps of 1/127 of its greatest number: int8 (n, I), and the steps (n, 1), fp32."""
+    x = x.detach().float()
+    step = x.abs().amax(1, keepdim=True).clamp_(min=1e-10).div_(127)
+    return (x / step).round_().to(torch.int8), step
+
+
+def _int8_product(x, weight: Int8Weight, bias=None):
+    rows = x.reshape(-1, x.shape[-1])
+    out = x.new_empty(len(rows), len(weight.rounded))
+    for some, into in zip(rows.split(BLOCK), out.split(BLOCK)):
+        rounded, step = _rounded(some)
+        y = torch.mul(torch._int_mm(rounded, weight.rounded.T), weight.scale).mul_(step)
+        into.copy_(y if bias is None else y.add_(bias))
+    return out.view(*x.shape[:-1], -1)
+
+
 def _pack(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+
+def _pack_int8(weight: torch.Tensor) -> Int8Weight:
+    rounded, step = _rounded(weight)
+    return Int8Weight(rounded, step.flatten())
 
 
 def make_packable(model: nn.Module):
@@ -71,34 +105,34 @@ def packing_pays(dtype: torch.dtype, threads: int, rows: int = 12, size: int = 7
     return close and seconds[1] < 0.9 * seconds[0]
 
 
-def _packed_weight(module: PackableLinear) -> torch.Tensor:
+def _packed_weight(module: PackableLinear, int8: bool):
     """Packed anew only if the weight has changed. Its sum is asked for because `weight.data` can change behind PyTorch's back."""
     weight = module.weight
     version = 0 if weight.is_inference() else weight._version
     state = (weight.data_ptr(), version, weight.dtype, weight.sum().item())
-    kept = _packed.get(module)
-    if kept is None or kept[0] != state:
-        kept = _packed[module] = state, _pack(weight)
-    return kept[1]
+    kept = _packed.setdefault(module, {})
+    if int8 not in kept or kept[int8][0] != state:
+        kept[int8] = state, (_pack_int8 if int8 else _pack)(weight)
+    return kept[int8][1]
 
 
-def _can_pack(weight: torch.Tensor) -> bool:
+def _can_pack(weight: torch.Tensor, int8: bool) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
     if traced or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    return packing_pays(weight.dtype, torch.get_num_threads())
+    return hasattr(torch, "_int_mm") if int8 else packing_pays(weight.dtype, torch.get_num_threads())
 
 
 @contextmanager
-def packed_linears(model: nn.Module):
+def packed_linears(model: nn.Module, int8: bool = False):
     """While inside, the model's linear layers use packed weights, if it is on a CPU where that pays and no gradient is wanted. The packed
-    weights, as large as the others, are kept for the next time."""
+    weights, as large as the others (with `int8` a quarter of fp32), are kept for the next time. Inside another, nothing changes."""
     modules = [module for module in model.modules() if isinstance(module, PackableLinear)]
-    modules = [module for module in modules if _can_pack(module.weight)]
+    modules = [module for module in modules if module.packed_weight is None and _can_pack(module.weight, int8)]
     for module in modules:
-        module.packed_weight = _packed_weight(module)
+        module.packed_weight = _packed_weight(module, int8)
     try:
         yield
     finally:
@@ -107,11 +141,13 @@ def packed_linears(model: nn.Module):
 
 
 def with_packed_linears(method):
-    """A method of a model that runs inside `packed_linears`, unless the model's `pack_linears` is False."""
+    """A method of a model that runs inside `packed_linears`, as the model's `pack_linears` says: True, "int8" or False."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
-        with packed_linears(self) if self.pack_linears else nullcontext():
+        if self.pack_linears not in (True, False, "int8"):
+            raise ValueError(f"pack_linears is {self.pack_linears!r}; allowed are True, False and 'int8'")
+        with packed_linears(self, self.pack_linears == "int8") if self.pack_linears else nullcontext():
             return method(self, *args, **kwargs)
 
     return wrapped

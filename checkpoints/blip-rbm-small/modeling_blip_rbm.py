@@ -282,9 +282,8 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
     main_input_name = "input_ids"  # of the forward that decodes
     _supports_sdpa = True
     accepts_loss_kwargs = False  # the loss is a mean over this batch: Trainer must divide by the accumulation steps
-    pack_linears = (
-        True  # while captions are generated on a CPU; False: slower, but their weights are not in memory twice
-    )
+    # while captions are generated on a CPU. False: slower, but their weights are not in memory twice; "int8": faster, in 8 bits
+    pack_linears = True
     _keep_in_fp32_modules = ["rbm_layer"]  # energies are differences of large sums
     _no_split_modules = ["BlipEncoderLayer", "BlipTextEmbeddings", "BlipTextLayer", "RBMLayer", "VisionProjector"]
 

@@ -201,15 +201,16 @@ class RBM(TransformerMixin, BaseEstimator):
             self._optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum, fused=True)
         self.history_, self.log_partition_, self.n_steps_ = [], None, 0
 
-    def _gradient(self, rows: torch.Tensor) -> tuple[RBMParameters, torch.Tensor]:
-        """Gradient per sample for checked (Gaussian: standardised) rows, and the mean of q over them."""
-        p, persistent = self.model_.parameters_fp32, self.method == "pcd"
+    def _gradient(self, p: RBMParameters, X: torch.Tensor, batch: Optional[torch.Tensor]):
+        """Gradient per sample for these of the checked (Gaussian: standardised) rows, or all, and the mean of q over them."""
+        persistent = self.method == "pcd"
         if persistent and self._chains is None:
             h = bernoulli(torch.full((self.batch_size, self.n_components), 0.5), self._generator)
-            self._chains = h if self._fast else GibbsState(h, x=torch.zeros(self.batch_size, rows.shape[1]))
+            self._chains = h if self._fast else GibbsState(h, x=torch.zeros(self.batch_size, X.shape[1]))
         if self._fast is not None:
-            gradient, chains, mean_q = self._fast.gradient(p, rows, self._chains, self.steps)
+            gradient, chains, mean_q = self._fast.gradient(p, X, self._chains, self.steps, batch)
         else:
+            rows = X if batch is None else X[batch]
             gradient, chains = contrastive_divergence(
                 p, x=rows, steps=self.steps, chains=self._chains, generator=self._generator
             )
@@ -218,14 +219,17 @@ class RBM(TransformerMixin, BaseEstimator):
             self._chains = chains
         return gradient, mean_q
 
-    def _update(self, rows: torch.Tensor):
+    def _update(self, X: torch.Tensor, batch: Optional[torch.Tensor] = None):
+        """A step on the rows number `batch` of X, or on all; the mean of q over them."""
         binary = self._fast is not None
-        gradient, mean_q = self._gradient(rows)
         p = self.model_.parameters_fp32
+        gradient, mean_q = self._gradient(p, X, batch)
         if self.centred:
             self._mean_h.lerp_(mean_q, 0.01 if self.n_steps_ else 1.0)
-            means = {"mean_w" if binary else "mean_x": self._mean}
-            gradient = centred_gradient(p, gradient, self._mean_h, **means)
+            if binary:
+                gradient = self._fast.centred(p, gradient, self._mean, self._mean_h)
+            else:
+                gradient = centred_gradient(p, gradient, self._mean_h, mean_x=self._mean)
         if self.sparsity_target is not None:
             push = self.sparsity_cost * (mean_q - self.sparsity_target)
             gradient = gradient._replace(c=gradient.c + push)
@@ -292,7 +296,7 @@ class RBM(TransformerMixin, BaseEstimator):
                     left = 1 - (epoch * batches + number) / (self.n_iter * batches)
                     for group, rate in zip(self._optimizer.param_groups, rates):
                         group["lr"] = rate * left
-                activity += self._update(rows.index_select(0, batch)) / batches  # rows[batch] is 8 times slower
+                activity += self._update(rows, batch) / batches
             seconds = time.perf_counter() - start
             if not all(torch.isfinite(tensor).all() for tensor in self.model_.parameters()):
                 self.model_.load_state_dict(good)

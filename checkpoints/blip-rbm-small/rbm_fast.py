@@ -22,7 +22,7 @@ from typing import Optional
 import numpy as np
 import torch
 
-from .rbm import RBMParameters
+from .rbm import RBMParameters, centred_gradient
 
 
 UNIT = 2.0**-16  # random numbers are 16 bits
@@ -298,8 +298,22 @@ class FastContrastiveDivergence:
             total += self.sample_units(self.products.down(h[rows]), b, self.products.down_scale, v[rows], None)
         return total
 
+    def _take(self, v: torch.Tensor, rows: Optional[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        """out (B, V) = these rows of v, or all of them. Returns their sum (V,)."""
+        if rows is not None and self.kernels is not None and v.dtype == out.dtype:
+            total = torch.empty(v.shape[1])
+            self.kernels.take_rows(v, rows, out, total)
+            return total
+        out.copy_(v if rows is None else v.index_select(0, rows))  # v[rows] is 8 times slower
+        return self.products.sum(out)
+
     def gradient(
-        self, p: RBMParameters, v: torch.Tensor, chains: Optional[torch.Tensor] = None, steps: int = 1
+        self,
+        p: RBMParameters,
+        v: torch.Tensor,
+        chains: Optional[torch.Tensor] = None,
+        steps: int = 1,
+        rows: Optional[torch.Tensor] = None,
     ) -> tuple[RBMParameters, torch.Tensor, torch.Tensor]:
         """Gradient of the negative log-likelihood per sample, the hidden states where the chains ended, and mean q.
 
@@ -309,15 +323,17 @@ class FastContrastiveDivergence:
             p: a machine with the word block (U, b) only.
             v (B, K): 0 or 1, any dtype.
             chains (M, H): hidden states to go on from (PCD); None: the chains start at the data (CD).
+            rows (B,): v is more than the batch (of the dtype of the `products`), of which these rows are meant.
         """
-        self.choose(len(v), *p.U.shape)
+        n = len(v) if rows is None else len(rows)
+        self.choose(n, *p.U.shape)
         products, (visible, hidden) = self.products, p.U.shape
-        n, m = len(v), len(v if chains is None else chains)
+        m = n if chains is None else len(chains)
         tensor = lambda name, *shape: self.memory.get_tensor(name, torch.Size(shape), products.dtype)
         products.load(p.U, self.kernels)
         # the data's rows above the chains', so that one product makes both halves of the gradient
         states, codes, h = tensor("states", n + m, visible), tensor("codes", n + m, hidden), tensor("h", m, hidden)
-        states[:n].copy_(v)
+        mean_v = self._take(v, rows, states[:n]).div_(n)
         sum_q = self.sample_hidden(states[:n], p.c, h if chains is None else None, codes[:n])
         codes[:n].neg_()
         if chains is not None and chains is not h:
@@ -332,5 +348,11 @@ class FastContrastiveDivergence:
             products.outer(states[:n], codes[:n], dU, 1 / n, add=False)
             products.outer(states[n:], codes[n:], dU, 1 / m, add=True)
         mean_q = sum_q / n
-        gradient = RBMParameters(c=sum_q_model / m - mean_q, U=dU, b=sum_v / m - products.sum(states[:n]) / n)
-        return gradient, h, mean_q
+        return RBMParameters(c=sum_q_model / m - mean_q, U=dU, b=sum_v / m - mean_v), h, mean_q
+
+    def centred(self, p: RBMParameters, gradient: RBMParameters, mean_v: torch.Tensor, mean_h: torch.Tensor):
+        """`rbm.centred_gradient` of what `gradient` gave, in its place."""
+        if self.kernels is None:
+            return centred_gradient(p, gradient, mean_h, mean_w=mean_v)
+        self.kernels.centre(gradient.U, gradient.b, gradient.c, mean_v, mean_h)
+        return gradient
