@@ -50,7 +50,7 @@ def filtered(args, model: Path, percent: int, folder: Path, *more) -> dict:
 def experiment(args, percent: int) -> dict:
     folder = args.work / str(percent)
     found = filtered(args, args.work / "start", percent, folder / "filtered")
-    noisy = measured_captioner(args, folder / "filtered" / "noisy", folder / "captioner-noisy")
+    noisy = measured_captioner(args, folder / "filtered-noisy", folder / "captioner-noisy")
     writer = folder / "captioner-noisy" / "last"
     replaced = filtered(args, writer, percent, folder / "synthetic", "--synthetic", "true")
     systems = [

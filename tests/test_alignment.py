@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import load_dataset
 from transformers import AutoModelForZeroShotImageClassification
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMForImageTextRetrieval
@@ -21,6 +20,7 @@ from training.capfilt import shuffled
 from training.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces, sigmoid_loss
 from training.encoders import LayersOfTower, VisionEncoder
 from training.evaluate_alignment import SIMILARITIES, class_of_images
+from training.pairs import load_pairs
 from training.retrieval import recalls
 
 
@@ -317,11 +317,10 @@ def test_capfilt(saved_model, pairs, tmp_path, few_captions):
     report = json.loads((tmp_path / "noisy" / "capfilt.json").read_text())
     # a quarter of the exchanged captions are of the same colour, and so not wrong
     assert report["auc_of_wrong_captions"] > 0.6 and report["share_right_after"] > report["share_right_before"]
-    kept = load_dataset(str(tmp_path / "noisy"), data_files="train.parquet", split="train")
-    assert (
-        len(kept) == report["images_kept"]
-        and sum(map(len, kept["captions"])) == report["kept"] < report["captions"] == 54
-    )
+    kept, before = (load_pairs(str(tmp_path / name), "train") for name in ("noisy", "noisy-noisy"))  # as a stage does
+    assert len(kept) == report["images_kept"] and len(before) == 18
+    assert sum(map(len, kept["captions"])) == report["kept"] < report["captions"] == 54
+    assert sum(map(len, before["captions"])) == 54
     in_process("capfilt", *command, "--output_dir", "filtered", "--synthetic", True, "--least", 0.4, cwd=tmp_path)
     head = json.loads((saved_model / "config.json").read_text())["rbm_match"]
     assert head == json.loads((tmp_path / "filtered" / "capfilt.json").read_text())["matching_head"]

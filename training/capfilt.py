@@ -11,7 +11,8 @@ negatives, the best of a few captions of other images, and written into the mode
 With `--shuffle 0.3` that share of the captions is first exchanged between images and an RBM is trained on the noisy pairs of each half of
 the images, which judges the other half, its synthetic captions as well; with `--rounds 2` on what is left of them, once more;
 `capfilt.json` says how well the wrong ones are found. For an honest
-measurement the model must not know the right pairs: a tower that never saw captions, a captioner trained on the noisy pairs (`noisy/`).
+measurement the model must not know the right pairs: a tower that never saw captions, a captioner trained on the noisy pairs, which are
+written to `OUTPUT_DIR-noisy`: a data set is all parquet files below a folder.
 """
 
 import json
@@ -302,7 +303,8 @@ def main():
         report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)
     report["images_kept"] = write_pairs(images, kept, output_dir, data.train_split)
     if args.shuffle:
-        write_pairs(images, [captions[i] for i in train_rows], output_dir / "noisy", data.train_split)
+        beside = output_dir.with_name(output_dir.name + "-noisy")
+        write_pairs(images, [captions[i] for i in train_rows], beside, data.train_split)
     write_json(output_dir / "capfilt.json", report)
     print(json.dumps({name: value for name, value in report.items() if name not in ("capfilt", "data")}, indent=1))
 

@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks.noise import KINDS
+
 
 REPO = Path(__file__).resolve().parent.parent
 CHECKPOINT = REPO / "checkpoints" / "blip-rbm-small"
@@ -339,7 +341,9 @@ def noise_table(noise: dict) -> str:
     ]
     for percent, entry in noise["results"].items():
         if percent != "right pairs":
-            ciders = [f"{system['CIDEr-D']:.1f}" for system in entry["captioners"].values()]
+            ciders = [
+                f"{entry['captioners'][kind]['CIDEr-D']:.1f}" if kind in entry["captioners"] else "" for kind in KINDS
+            ]
             lines.append(
                 f"| {percent} % | {entry['auc_of_wrong_captions']:.3f} | {entry['share_right_before']:.0%} | "
                 f"{entry['share_right_after']:.0%} | " + " | ".join(ciders) + " |"
