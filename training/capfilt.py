@@ -4,15 +4,16 @@
     python -m training.train_captioner ... --dataset runs/filtered
 
 A caption is judged by how much likelier the RBM finds its words for its image than for other images, and kept if it is likelier right than
-wrong by a logistic function of that (BLIP, arXiv 2201.12086, section 3.3, with the energy for its matching head), fitted on held-back
-images: their captions, of which an unknown share is wrong, and exchanged ones, which all are. `capfilt.json` says how large that share is found. The head of `BlipRBMForImageTextRetrieval` is fitted too, on PMI alone and against hard
-negatives, the best of a few captions of other images, and written into the model's config.
+wrong by a logistic function of that (BLIP, arXiv 2201.12086, section 3.3, with the energy for its matching head), fitted on held-back images:
+their captions, of which an unknown share is wrong, and exchanged ones, which all are. `capfilt.json` says how large that share is found.
+The head of `BlipRBMForImageTextRetrieval` is fitted too, on PMI alone and against hard negatives, the best of a few captions of other
+images, and written into the model's config.
 
 With `--shuffle 0.3` that share of the captions is first exchanged between images and an RBM is trained on the noisy pairs of each half of
-the images, which judges the other half, its synthetic captions as well; with `--rounds 2` on what is left of them, once more;
-`capfilt.json` says how well the wrong ones are found. For an honest
-measurement the model must not know the right pairs: a tower that never saw captions, a captioner trained on the noisy pairs, which are
-written to `OUTPUT_DIR-noisy`: a data set is all parquet files below a folder.
+the images, which judges the other half, its synthetic captions as well; with `--rounds 2` once more, on what the first two left.
+`capfilt.json` says how well the wrong ones are found. For an honest measurement the model must not know the right pairs: a tower that never
+saw captions, a captioner trained on the noisy pairs, which are written to `OUTPUT_DIR-noisy` (beside, as a data set is all parquet files
+below a folder).
 """
 
 import json
@@ -244,6 +245,9 @@ def write_pairs(images: Dataset, captions: list[list[str]], folder: Path, split:
 def main():
     data, args = parse_arguments(DataArguments, CapFiltArguments)
     refuse_other_output(args.output_dir, "capfilt.json", "rbm-0")
+    noisy_dir = Path(args.output_dir).with_name(Path(args.output_dir).name + "-noisy")
+    if args.shuffle:
+        refuse_other_output(noisy_dir, f"{data.train_split}.parquet")
     if args.rounds < 1 or (args.rounds > 1 and not args.shuffle):
         raise ValueError(
             f"--rounds is {args.rounds}, but must be at least 1, and 1 without --shuffle: only RBMs of shuffled pairs are trained here"
@@ -303,8 +307,7 @@ def main():
         report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)
     report["images_kept"] = write_pairs(images, kept, output_dir, data.train_split)
     if args.shuffle:
-        beside = output_dir.with_name(output_dir.name + "-noisy")
-        write_pairs(images, [captions[i] for i in train_rows], beside, data.train_split)
+        write_pairs(images, [captions[i] for i in train_rows], noisy_dir, data.train_split)
     write_json(output_dir / "capfilt.json", report)
     print(json.dumps({name: value for name, value in report.items() if name not in ("capfilt", "data")}, indent=1))
 
