@@ -68,8 +68,7 @@ class Ours:
     def vision(self, pixels):
         return self.model.encode_image(pixels, rbm=self.settings.get("rbm", True))
 
-    def decode(self, encoding, tokens, **kwargs):
-        self.model.pack_linears = "int8" if self.int8 else True
+    def decode(self, encoding, tokens, **kwargs):  # inside `ready`, whose packed weights `generate` leaves in place
         return self.model.generate(encoding=encoding, **length(tokens), **kwargs | self.settings)
 
 

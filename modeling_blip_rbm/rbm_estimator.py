@@ -210,7 +210,7 @@ class RBM(TransformerMixin, BaseEstimator):
         if self._fast is not None:
             gradient, chains, mean_q = self._fast.gradient(p, X, self._chains, self.steps, batch)
         else:
-            rows = X if batch is None else X[batch]
+            rows = X if batch is None else X.index_select(0, batch)
             gradient, chains = contrastive_divergence(
                 p, x=rows, steps=self.steps, chains=self._chains, generator=self._generator
             )

@@ -1,5 +1,5 @@
-// What a step of contrastive divergence does beside its matrix products, in one pass over memory each, for rbm_fast.py, which compiles this file
-// (torch.utils.cpp_extension) and says what the functions are for. The loops are plain C, so that the compiler makes vectors of them;
+// What a step of contrastive divergence does beside its matrix products, in one pass over memory each, for rbm_fast.py, which compiles
+// this file (torch.utils.cpp_extension) and says what the functions are for. The loops are plain C, so that the compiler makes vectors of them;
 // at::parallel_for runs them on PyTorch's own threads.
 
 #include <ATen/Parallel.h>
@@ -140,7 +140,8 @@ void sample_rows(const at::Tensor& a, const at::Tensor& bias, const at::Tensor& 
       }
     }
   };
-  for_rows(a.size(0), 3 * n, sample, [&](const float* own) {
+  // the sum, and for bfloat16 two rows of floats
+  for_rows(a.size(0), std::is_same_v<S, at::BFloat16> ? 3 * n : n, sample, [&](const float* own) {
     for (int64_t j = 0; j < n; ++j) total[j] += own[j];
   });
 }

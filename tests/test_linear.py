@@ -149,11 +149,16 @@ def test_copied_saved_and_forgotten():
     assert len(linear_blip_rbm._packed) < count
 
 
+def products_seen(monkeypatch, name) -> list:
+    """To which each product of this kind will add an entry."""
+    seen, product = [], getattr(linear_blip_rbm, name)
+    monkeypatch.setattr(linear_blip_rbm, name, lambda *args: seen.append(1) or product(*args))
+    return seen
+
+
 @torch.no_grad()
 def test_generate_is_packed_and_forward_is_not(model, pixel_values, monkeypatch):
-    seen = []
-    product = linear_blip_rbm._product
-    monkeypatch.setattr(linear_blip_rbm, "_product", lambda *args: seen.append(1) or product(*args))
+    seen = products_seen(monkeypatch, "_product")
     model.generate(pixel_values, max_new_tokens=3)
     assert seen and all(m.packed_weight is None for m in model.modules() if isinstance(m, PackableLinear))
     seen.clear()
@@ -165,9 +170,7 @@ def test_generate_is_packed_and_forward_is_not(model, pixel_values, monkeypatch)
 
 @torch.no_grad()
 def test_generate_in_8_bits(model, pixel_values, monkeypatch):
-    seen = []
-    product = linear_blip_rbm._int8_product
-    monkeypatch.setattr(linear_blip_rbm, "_int8_product", lambda *args: seen.append(1) or product(*args))
+    seen = products_seen(monkeypatch, "_int8_product")
     model.generate(pixel_values, max_new_tokens=3)
     assert not seen
     monkeypatch.setattr(model, "pack_linears", "int8")

@@ -135,7 +135,7 @@ def test_reranker_with_writers_that_have_not_seen_the_images(work, data, pairs):
     asked = [set(folds[call.args[3]]) for call in write.call_args_list]
     assert asked == [{0}, {1}] * 2  # training images, then those held back
     with pytest.raises(ValueError, match="--fold is 2, but must be at least 0 and less than --folds, which is 2"):
-        in_process("train_captioner", *train[:-1], 0, "--fold", 2, cwd=work)
+        in_process("train_captioner", *train, "--fold", 2, cwd=work)
 
 
 def test_tower_is_trained_in_part(work, data):

@@ -6,6 +6,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from typing import Optional
 
 import torch
 
@@ -23,6 +24,14 @@ def peak_memory_mb() -> float:
     """The most memory that this process has had, memory-mapped files included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def record_of_training(model: str | Path) -> Optional[dict]:
+    """What `train_captioner` wrote of a captioner: a finished model has it in its folder, a stage's `best` beside it."""
+    file = next(
+        (f / "captioner.json" for f in (Path(model), Path(model).parent) if (f / "captioner.json").exists()), None
+    )
+    return json.loads(file.read_text()) if file else None
 
 
 def refuse_other_output(output_dir: str | Path, *own: str) -> None:

@@ -20,6 +20,12 @@ from modeling_blip_rbm.decoding_blip_rbm import word_columns
 CROP_SIDES = (0.75, 0.95)
 
 
+def _hashes(image_ids: Iterable[str], seed: int, which: slice) -> np.ndarray:
+    """(n,) uint64: eight bytes of the hash of each id."""
+    digests = (hashlib.sha256(f"{seed}:{image_id}".encode()).digest() for image_id in image_ids)
+    return np.fromiter((int.from_bytes(digest[which], "big") for digest in digests), np.uint64)
+
+
 def split_held_back(dataset: Dataset, held_back: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers (train, held back): images of the *training* split on which everything is tuned.
 
@@ -28,9 +34,7 @@ def split_held_back(dataset: Dataset, held_back: int, seed: int = 0) -> tuple[np
     """
     if not 0 <= held_back < len(dataset):
         raise ValueError(f"held_back is {held_back}, but must be at least 0 and less than the {len(dataset)} images")
-    digests = (hashlib.sha256(f"{seed}:{image_id}".encode()).digest() for image_id in dataset["image_id"])
-    keys = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64, len(dataset))
-    order = np.argsort(keys, kind="stable")
+    order = np.argsort(_hashes(dataset["image_id"], seed, slice(0, 8)), kind="stable")
     return np.sort(order[held_back:]), np.sort(order[:held_back])
 
 
@@ -39,8 +43,7 @@ def fold_of(image_ids: Iterable[str], folds: int, seed: int = 0) -> np.ndarray:
 
     Other bytes of the hash than those that hold images back, so that both have a share of every part.
     """
-    digests = (hashlib.sha256(f"{seed}:{image_id}".encode()).digest() for image_id in image_ids)
-    return np.array([int.from_bytes(digest[8:16], "big") % folds for digest in digests], dtype=np.int64)
+    return (_hashes(image_ids, seed, slice(8, 16)) % np.uint64(folds)).astype(np.int64)
 
 
 def image_view(image, view: int, seed: int):

@@ -16,7 +16,6 @@ the other samples as the baseline, Luo 2020, arXiv 2003.09971).
 """
 
 import copy
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +33,7 @@ from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, Bl
 from modeling_blip_rbm.modeling_blip_rbm import pool_tokens, vision_tokens
 from training.align import AlignedTokens, load_image_layer
 from training.arguments import CaptionerArguments, DataArguments, parse_arguments
-from training.checkpoints import peak_memory_mb, refuse_other_output, save_captioner, write_json
+from training.checkpoints import peak_memory_mb, record_of_training, refuse_other_output, save_captioner, write_json
 from training.data import fold_of, random_view, split_held_back
 from training.evaluate_captions import caption_rows
 from training.features import load_features
@@ -503,12 +502,10 @@ def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerA
     output_dir = Path(trainer.args.output_dir)
     save_captioner(plain_model(trainer.ema.module.eval()), trainer.processor, output_dir / "last")
     history = [entry for entry in trainer.state.log_history if "eval_cider" in entry]
-    folder = Path(captioner.model)  # a finished model has the record of its training in it, a stage's `best` beside it
-    earlier = next((f / "captioner.json" for f in (folder, folder.parent) if (f / "captioner.json").exists()), None)
     write_json(
         output_dir / "captioner.json",
         {
-            "went_on_from": json.loads(earlier.read_text()) if earlier else None,
+            "went_on_from": record_of_training(captioner.model),
             "minutes": minutes,
             "peak_memory_mb": peak_memory_mb(),
             "active_vocabulary": len(trainer.model.active),

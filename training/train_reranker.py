@@ -27,7 +27,7 @@ from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.decoding_blip_rbm import caption_similarity, consensus, word_columns, words_said
 from modeling_blip_rbm.rbm import hidden_input, pointwise_mutual_information
 from training.arguments import DataArguments, parse_arguments
-from training.checkpoints import refuse_other_output, save_captioner, write_json
+from training.checkpoints import record_of_training, refuse_other_output, save_captioner, write_json
 from training.data import caption_words, fold_of, split_held_back
 from training.distributed import new_accelerator
 from training.evaluate_rbm import evaluate_rbm
@@ -37,7 +37,7 @@ from training.train_captioner import GumbelNoise, caption_tokens
 from training.train_rbm import PooledPairs, RBMArguments, RBMObjective, prepared, train_epoch
 
 
-FASTER = 30
+FASTER = 30  # times the learning rate, of the weights of a score's parts
 
 
 @dataclass
@@ -78,10 +78,9 @@ def write_candidates(writer, processor, store, rows, active, args: RerankerArgum
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def refuse_other_fold(writer: Path, fold: int, folds: int):
+def refuse_other_fold(writer: str, fold: int, folds: int):
     """ValueError if the record of a writer's training says that it was trained on the images for which it is to write."""
-    record = next((f / "captioner.json" for f in (writer, writer.parent) if (f / "captioner.json").exists()), None)
-    trained = json.loads(record.read_text())["captioner"] if record else {}
+    trained = (record_of_training(writer) or {}).get("captioner", {})
     if folds > 1 and (found := (trained.get("fold"), trained.get("folds"))) not in ((None, None), (fold, folds)):
         raise ValueError(
             f"--writer number {fold} of {folds} must have been trained with --folds {folds} --fold {fold}, but {writer} was with "
@@ -133,7 +132,7 @@ class RerankObjective(torch.nn.Module):
         super().__init__()
         self.own, self.settings = RBMObjective(rbm, settings), settings
         self.candidates, self.candidate_images = candidates, candidate_images  # (images, views, V)
-        # of log P, PMI and consensus; three numbers that have further to go than the RBM's weights: at `FASTER` times their rate
+        # of log P, PMI and consensus; three numbers that have further to go than the RBM's weights
         self.log_weights = torch.nn.Parameter(torch.tensor([10.0, 0.5, 10.0]).log() / FASTER)
 
     @property
@@ -193,7 +192,7 @@ def main():
     dataset, store = load_features(data, model.vision_model, processor.image_processor, pooling=pooling)
     writers = []
     for number, path in enumerate(args.writer or [args.model]):
-        refuse_other_fold(Path(path), number, len(args.writer))
+        refuse_other_fold(path, number, len(args.writer))
         writer = BlipRBMForConditionalGeneration.from_pretrained(path).eval()
         sizes = [m.config.text_config.vocab_size for m in (model, writer)]
         if sizes[0] != sizes[1]:
