@@ -121,6 +121,19 @@ def test_pooled_features(pairs, tower, tmp_path, monkeypatch):
     np.testing.assert_allclose(again, expected, atol=4e-3, rtol=4e-3)
 
 
+def test_the_automatic_dtype_is_that_of_what_is_cached(pairs, tower, tmp_path, monkeypatch):
+    """Two processes, or a run and its resumption, measure at different times and must not encode twice."""
+    dataset = load_pairs(pairs, "train")
+    folders = []
+    for fast in (True, False):
+        monkeypatch.setattr(features_module, "bf16_is_fast", fast.__bool__)
+        folders.append(cache_features(*tower, dataset, tmp_path, dtype="auto").folder)
+        pooled = cache_features(*tower, dataset, tmp_path, dtype="auto", pooling="mean")  # from these tokens
+        assert pooled.index["settings"]["dtype"] == "bfloat16"
+    assert folders[0] == folders[1]
+    assert cache_features(*tower, dataset, tmp_path / "new", dtype="auto").index["settings"]["dtype"] == "float32"
+
+
 def test_a_stream_is_read_once_and_keeps_its_captions(pairs, tower, tmp_path, small_shards):
     expected = load_pairs(pairs, "train")
     data = DataArguments(str(pairs), streaming=True, cache_dir=str(tmp_path), views=2, encode_dtype="float32")

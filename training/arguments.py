@@ -53,7 +53,9 @@ class DataArguments(SourceArguments):
     cache_dir: str = field(default="runs/features", metadata={"help": "where outputs of the vision tower are kept"})
     encode_dtype: str = field(
         default="auto",
-        metadata={"help": "in which the tower encodes training views: float32, bfloat16, or auto, the faster one here"},
+        metadata={
+            "help": "in which the tower encodes training views: float32, bfloat16, or auto: as cached, else the faster one here"
+        },
     )
     streaming: bool = field(
         default=False,

@@ -101,15 +101,13 @@ def cache_features(
     """Encode every image of `dataset` in `views` views, or find that it has been done.
 
     Args:
-        dtype: in which the tower computes: "float32", "bfloat16" (autocast), or "auto", whichever of them is faster on this
-            processor. Features are kept in fp16 either way.
+        dtype: in which the tower computes: "float32", "bfloat16" (autocast), or "auto": that of what is cached already, else
+            whichever is faster on this processor. Features are kept in fp16 either way.
         pooling: keep `pool_tokens` of each view only, which is all that an RBM needs.
 
     Raises:
         OSError: if the disk is too small, with what is needed and what is free. What was encoded stays.
     """
-    if dtype == "auto":
-        dtype = "bfloat16" if bf16_is_fast() else "float32"
     preprocessing = json.loads(image_processor.to_json_string())
     for bookkeeping in ("auto_map", "processor_class"):  # written or not, depending on where it was saved
         preprocessing.pop(bookkeeping, None)
@@ -119,9 +117,9 @@ def cache_features(
         "images": dataset.fingerprint if isinstance(dataset, PairStream) else images_fingerprint(dataset),
         "views": views,
         "seed": seed,
-        "dtype": dtype,
         "pooling": pooling,
     }
+    settings["dtype"] = automatic_dtype(cache_dir, settings) if dtype == "auto" else dtype
     writer = FeatureWriter(cache_dir, settings)
     if not writer.complete:
         tokens = FeatureWriter(cache_dir, settings | {"pooling": None})  # what another stage may have computed already
@@ -130,6 +128,25 @@ def cache_features(
         )
         writer.write(encoder, dataset)
     return FeatureStore(writer.folder)
+
+
+def entry(cache_dir: str | Path, settings: dict) -> tuple[Path, dict]:
+    """The folder of the features of these settings, and its index: {} if nothing was encoded yet."""
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    index_file = Path(cache_dir) / key / "index.json"
+    return index_file.parent, json.loads(index_file.read_text()) if index_file.exists() else {}
+
+
+def automatic_dtype(cache_dir: str | Path, settings: dict) -> str:
+    """Which is faster is a measurement, and differs between two runs or two processes: what exists decides before it."""
+    for pooling in (settings["pooling"], None):
+        indices = [
+            entry(cache_dir, settings | {"dtype": dtype, "pooling": pooling})[1] for dtype in ("float32", "bfloat16")
+        ]
+        furthest = max(indices, key=lambda index: (index.get("finished", False), len(index.get("shards", []))))
+        if furthest.get("shards"):
+            return furthest["settings"]["dtype"]
+    return "bfloat16" if bf16_is_fast() else "float32"
 
 
 def checksum(file: Path) -> int:
@@ -145,10 +162,9 @@ class FeatureWriter:
     """A cache entry in the making: which shards are whole, and the computation of those that are not."""
 
     def __init__(self, cache_dir: str | Path, settings: dict):
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        self.folder, self.settings = Path(cache_dir) / key, settings
+        self.settings = settings
+        self.folder, index = entry(cache_dir, settings)
         self.index_file = self.folder / "index.json"
-        index = json.loads(self.index_file.read_text()) if self.index_file.exists() else {}
         self.shards: list[dict] = index.get("shards", [])
         self.finished = index.get("finished", False)  # the end of the images has been reached
         self.dropped = index.get("dropped", {})  # by a stream
