@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ACT2FN
 
 from modeling_blip_rbm import linear_blip_rbm
-from modeling_blip_rbm.linear_blip_rbm import PackableLinear, make_packable, packed_linears
+from modeling_blip_rbm.decoder_blip_rbm import ImageCache
+from modeling_blip_rbm.linear_blip_rbm import PackableLinear, activated, join, make_packable, packed_linears, products
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +39,87 @@ def test_same_numbers(dtype, tolerance, shape):
     model, x = new_model().to(dtype), torch.randn(*shape, 13, dtype=dtype)
     plain = model(x)
     with packed_linears(model):
-        assert model[0].packed_weight is not None
+        assert model[0].packed is not None
         torch.testing.assert_close(model(x), plain, atol=tolerance, rtol=tolerance)
         torch.testing.assert_close(model(x.transpose(0, -2)), model(x).transpose(0, -2), atol=tolerance, rtol=tolerance)
-    assert model[0].packed_weight is None and torch.equal(model(x), plain)
+    assert model[0].packed is None and torch.equal(model(x), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), ACT2FN["gelu"], nn.ReLU()])
+def test_an_activation_goes_with_the_product(activation, int8):
+    layer, x = new_model()[0], torch.randn(5, 13)
+    plain = activation(layer(x))
+    assert torch.equal(activated(x, layer, activation), plain)
+    with packed_linears(layer, int8):
+        torch.testing.assert_close(activated(x, layer, activation), activation(layer(x)), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(activated(x, layer, activation), plain, atol=0.05 if int8 else 1e-5, rtol=1e-2)
+
+
+class Adapter(nn.Module):
+    """A layer as PEFT wraps it: what it was given goes on to the layer, and something is added to what that returns."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x, *args, **kwargs):
+        return self.base_layer(x, *args, **kwargs) + 3
+
+
+IN_TEXT = "text_decoder.bert.encoder.layer.0."
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "place",
+    [
+        "vision_model.encoder.layers.0.mlp.fc1",
+        IN_TEXT + "intermediate.dense",
+        IN_TEXT + "attention.self.query",
+        IN_TEXT + "attention.self.value",
+        IN_TEXT + "crossattention.self.value",
+    ],
+)
+def test_an_adapter_is_neither_left_out_nor_put_behind_an_activation(model, pixel_values, place):
+    """Wherever layers go together, one of them may have been wrapped."""
+    ids = torch.randint(5, 40, (len(pixel_values), 5))
+
+    def logits(lean):
+        embeds = model.encode_image(pixel_values).image_embeds
+        cache = ImageCache(model.text_decoder, embeds) if lean else None
+        return model(input_ids=ids, image_embeds=embeds, past_key_values=cache, use_cache=lean).logits
+
+    plain = logits(lean=True)
+    owner, _, name = place.rpartition(".")
+    setattr(model.get_submodule(owner), name, Adapter(model.get_submodule(place)))
+    expected = logits(lean=False)
+    assert (expected - plain).abs().max() > 1e-2
+    with packed_linears(model):
+        torch.testing.assert_close(logits(lean=True), expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_joined_layers_are_one_product(int8, changed):
+    model = nn.ModuleList([nn.Linear(13, 7), nn.Linear(13, 5), nn.Linear(13, 3)])
+    make_packable(model)
+    join(*model)
+    x, tolerance = torch.randn(2, 5, 13), {"atol": 0.05 if int8 else 1e-5, "rtol": 1e-3}
+    for _ in range(2):
+        expected = [F.linear(x, layer.weight, layer.bias) for layer in model]
+        with packed_linears(model, int8):
+            assert [layer.packed is not None for layer in model] == [True, False, False]
+            for ours, their in zip(products(x, *model), expected):
+                torch.testing.assert_close(ours, their, **tolerance)
+            for layer, their in zip(model, expected):  # each alone, as BLIP's own forward asks for it
+                torch.testing.assert_close(layer(x), their)
+        for ours, their in zip(products(x, *model), expected):
+            torch.testing.assert_close(ours, their)
+        model[changed].weight.mul_(-2)
+        model[changed].bias.add_(1)
 
 
 @torch.no_grad()
@@ -58,7 +137,7 @@ def test_8_bits(dtype, shape):
         torch.testing.assert_close(model(x), reference(model, x), atol=0.05, rtol=0.05)
         if len(shape) > 1:  # what else is in the batch does not matter
             assert torch.equal(model(x)[1:], model(x[1:]))
-    assert layer.packed_weight is None
+    assert layer.packed is None
 
 
 @torch.no_grad()
@@ -69,7 +148,7 @@ def test_one_inside_another():
         with packed_linears(model):
             assert torch.equal(model(x), outer)
         assert torch.equal(model(x), outer)
-    assert model[0].packed_weight is None
+    assert model[0].packed is None
 
 
 @torch.no_grad()
@@ -118,11 +197,11 @@ def test_training_and_half_precision_are_left_alone():
     model, x = new_model(), torch.randn(5, 13)
     with packed_linears(model):  # gradients are wanted
         model(x).sum().backward()
-        assert model[0].packed_weight is None and model[0].weight.grad is not None
+        assert model[0].packed is None and model[0].weight.grad is not None
     with torch.no_grad(), packed_linears(model.half()):
-        assert model[0].packed_weight is None
+        assert model[0].packed is None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), packed_linears(model.float()):
-        assert model[0].packed_weight is None
+        assert model[0].packed is None
 
 
 @torch.no_grad()
@@ -130,7 +209,7 @@ def test_an_error_inside_leaves_the_model_as_it_was():
     model = new_model()
     with pytest.raises(KeyError), packed_linears(model):
         raise KeyError
-    assert model[0].packed_weight is None
+    assert model[0].packed is None
 
 
 @torch.no_grad()
@@ -143,10 +222,10 @@ def test_copied_saved_and_forgotten():
         with packed_linears(other):
             torch.testing.assert_close(other(x), model(x))
     layer = model[0]
-    assert layer in linear_blip_rbm._packed
-    count = len(linear_blip_rbm._packed)
+    assert layer in linear_blip_rbm._kept
+    count = len(linear_blip_rbm._kept)
     del model, layer, other
-    assert len(linear_blip_rbm._packed) < count
+    assert len(linear_blip_rbm._kept) < count
 
 
 def products_seen(monkeypatch, name) -> list:
@@ -160,7 +239,7 @@ def products_seen(monkeypatch, name) -> list:
 def test_generate_is_packed_and_forward_is_not(model, pixel_values, monkeypatch):
     seen = products_seen(monkeypatch, "_product")
     model.generate(pixel_values, max_new_tokens=3)
-    assert seen and all(m.packed_weight is None for m in model.modules() if isinstance(m, PackableLinear))
+    assert seen and all(m.packed is None for m in model.modules() if isinstance(m, PackableLinear))
     seen.clear()
     monkeypatch.setattr(model, "pack_linears", False)
     model.generate(pixel_values, max_new_tokens=3)
@@ -198,5 +277,5 @@ def test_without_the_operators_nothing_is_packed(monkeypatch):
     linear_blip_rbm.packing_pays.cache_clear()
     model = new_model()
     with torch.no_grad(), packed_linears(model):
-        assert model[0].packed_weight is None
+        assert model[0].packed is None
     linear_blip_rbm.packing_pays.cache_clear()

@@ -13,32 +13,78 @@ import functools
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.blip.modeling_blip import BlipMLP
+from transformers.models.blip.modeling_blip_text import BlipTextIntermediate
 
 
 BLOCK = 512  # rows at a time of a product in 8 bits, so that its 32-bit sums stay in the cache
-_packed = weakref.WeakKeyDictionary()  # module -> {in 8 bits or not: (what its weight was, the weight packed)}
+_kept = weakref.WeakKeyDictionary()  # module -> {in 8 bits or not: (what its weight was, the weight packed)}
 
 
 class PackableLinear(nn.Linear):
     """`nn.Linear`, and as that saved, loaded and trained."""
 
-    packed_weight = None  # not None only inside `packed_linears`
+    packed: Optional[tuple] = None  # weight and bias, only inside `packed_linears`
+    joined: tuple[
+        "PackableLinear", ...
+    ] = ()  # this one and others of the same input, whose weights are packed with its own
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.packed_weight is None:
+        if self.packed is None or self.joined:
             return super().forward(input)
-        if isinstance(self.packed_weight, torch.Tensor):
-            return _product(input, self.packed_weight, self.bias)
-        return _int8_product(input, self.packed_weight, self.bias)
+        return self.packed_product(input)
+
+    def packed_product(self, input, activation=None):
+        if isinstance(self.packed[0], Int8Weight):
+            return _int8_product(input, *self.packed, activation)
+        if activation is None or _is_gelu(activation):
+            return _product(input, *self.packed, "none" if activation is None else "gelu")
+        return activation(_product(input, *self.packed))
 
 
-def _product(x, packed_weight, bias=None):
-    return torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, "none", [], "")
+def join(*layers: PackableLinear):
+    """These layers have the same input: `products` computes them as one where they are packed. All have a bias, or none."""
+    layers[0].joined = layers
+
+
+def products(input: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
+    """What each of these layers makes of the input."""
+    if getattr(layers[0], "packed", None) is None or layers[0].joined != layers:  # such as those that PEFT has wrapped
+        return tuple(layer(input) for layer in layers)
+    return layers[0].packed_product(input).split([layer.out_features for layer in layers], -1)
+
+
+def activated(input: torch.Tensor, layer: nn.Module, activation: nn.Module) -> torch.Tensor:
+    """The activation of what the layer makes of the input; where packed, its input is never read from memory again."""
+    if getattr(layer, "packed", None) is None:
+        return activation(layer(input))
+    return layer.packed_product(input, activation)
+
+
+class ImageMLP(BlipMLP):
+    def forward(self, hidden_states):
+        return self.fc2(activated(hidden_states, self.fc1, self.activation_fn))
+
+
+class TextIntermediate(BlipTextIntermediate):
+    def forward(self, hidden_states):
+        return activated(hidden_states, self.dense, self.intermediate_act_fn)
+
+
+def _is_gelu(activation) -> bool:
+    """The exact one, of which there are several classes."""
+    return getattr(activation, "act", activation) is F.gelu or (
+        type(activation) is nn.GELU and activation.approximate == "none"
+    )
+
+
+def _product(x, packed_weight, bias=None, activation="none"):
+    return torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, activation, [], "none")
 
 
 class Int8Weight(NamedTuple):
@@ -50,16 +96,17 @@ def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row in steps of 1/127 of its greatest number: int8 (n, I), and the steps (n, 1), fp32."""
     x = x.detach().float()
     step = x.abs().amax(1, keepdim=True).clamp_(min=1e-10).div_(127)
-    return (x / step).round_().to(torch.int8), step
+    return (x * (1 / step)).round_().to(torch.int8), step
 
 
-def _int8_product(x, weight: Int8Weight, bias=None):
+def _int8_product(x, weight: Int8Weight, bias=None, activation=None):
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(rows), len(weight.rounded))
     for some, into in zip(rows.split(BLOCK), out.split(BLOCK)):
         rounded, step = _rounded(some)
         y = torch.mul(torch._int_mm(rounded, weight.rounded.T), weight.scale).mul_(step)
-        into.copy_(y if bias is None else y.add_(bias))
+        y = y if bias is None else y.add_(bias)
+        into.copy_(y if activation is None else activation(y))
     return out.view(*x.shape[:-1], -1)
 
 
@@ -73,10 +120,10 @@ def _pack_int8(weight: torch.Tensor) -> Int8Weight:
 
 
 def make_packable(model: nn.Module):
-    """Every `nn.Linear` of the model becomes a `PackableLinear`."""
+    """Every `nn.Linear` of the model becomes a `PackableLinear`, and what BLIP computes between two of them goes with the first."""
+    ours = {nn.Linear: PackableLinear, BlipMLP: ImageMLP, BlipTextIntermediate: TextIntermediate}
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = PackableLinear
+        module.__class__ = ours.get(type(module), type(module))
 
 
 @functools.lru_cache
@@ -105,15 +152,20 @@ def packing_pays(dtype: torch.dtype, threads: int, rows: int = 12, size: int = 7
     return close and seconds[1] < 0.9 * seconds[0]
 
 
-def _packed_weight(module: PackableLinear, int8: bool):
-    """Packed anew only if the weight has changed. Its sum is asked for because `weight.data` can change behind PyTorch's back."""
-    weight = module.weight
-    version = 0 if weight.is_inference() else weight._version
-    state = (weight.data_ptr(), version, weight.dtype, weight.sum().item())
-    kept = _packed.setdefault(module, {})
+def _packed(module: PackableLinear, int8: bool):
+    """Weight, packed, and bias of a layer and of those joined to it. Packed anew only if one has changed; their sums are asked for
+    because `weight.data` can change behind PyTorch's back."""
+    layers = module.joined or (module,)
+    weights = [layer.weight for layer in layers]
+    state = [(w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.sum().item()) for w in weights]
+    kept = _kept.setdefault(module, {})
     if int8 not in kept or kept[int8][0] != state:
-        kept[int8] = state, (_pack_int8 if int8 else _pack)(weight)
-    return kept[int8][1]
+        kept[int8] = state, (_pack_int8 if int8 else _pack)(torch.cat(weights) if module.joined else weights[0])
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    bias = torch.cat(biases).detach() if biases else None
+    if int8 and bias is not None:
+        bias = bias.float()  # as the sums that it is added to
+    return kept[int8][1], bias
 
 
 def _can_pack(weight: torch.Tensor, int8: bool) -> bool:
@@ -130,14 +182,16 @@ def packed_linears(model: nn.Module, int8: bool = False):
     """While inside, the model's linear layers use packed weights, if it is on a CPU where that pays and no gradient is wanted. The packed
     weights, as large as the others (with `int8` a quarter of fp32), are kept for the next time. Inside another, nothing changes."""
     modules = [module for module in model.modules() if isinstance(module, PackableLinear)]
-    modules = [module for module in modules if module.packed_weight is None and _can_pack(module.weight, int8)]
+    with_others = {id(layer) for module in modules for layer in module.joined[1:]}
+    modules = [module for module in modules if module.packed is None and _can_pack(module.weight, int8)]
+    modules = [module for module in modules if id(module) not in with_others]
     for module in modules:
-        module.packed_weight = _packed_weight(module, int8)
+        module.packed = _packed(module, int8)
     try:
         yield
     finally:
         for module in modules:
-            module.packed_weight = None
+            module.packed = None
 
 
 def with_packed_linears(method):

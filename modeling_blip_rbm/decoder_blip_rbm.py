@@ -1,0 +1,137 @@
+"""BLIP's text decoder while captions are generated: the same parameters and the same arithmetic, without what a step does not need.
+
+An image's keys and values are computed once and shared by its captions (`ImageCache`), text attends to itself by PyTorch's fused
+kernel, and what BLIP decides anew in every layer is decided once a step. BLIP's own forward stays for training, and wherever
+attention weights or hidden states are asked for.
+
+Axes: B images, R rows of text (a multiple of B, an image's adjacent), T new tokens, P past tokens, N image tokens, D width.
+"""
+
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
+
+from .linear_blip_rbm import products
+
+
+class ImageCache(EncoderDecoderCache):
+    """The decoder's cache with the image's keys and values computed once an image, and neither copied nor reordered with
+    its beams: they are the same for all captions of an image.
+
+    Stock BLIP repeats them for every beam and copies them all at every step. The rows of the text must be a multiple of
+    the images, an image's rows adjacent.
+
+    Args:
+        text_decoder: BLIP's. image_embeds (B, N, D).
+    """
+
+    def __init__(self, text_decoder, image_embeds: torch.Tensor):
+        super().__init__(DynamicCache(), DynamicCache())
+        self.image_embeds = image_embeds
+        for i, layer in enumerate(text_decoder.bert.encoder.layer):
+            self.cross_attention_cache.update(*layer.crossattention.self.keys_and_values(image_embeds), i)
+            self.is_updated[i] = True
+
+    def reorder_cache(self, beam_idx):
+        self.self_attention_cache.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats):
+        self.self_attention_cache.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices):
+        self.self_attention_cache.batch_select_indices(indices)
+
+
+def in_heads(states: torch.Tensor, attention: BlipTextSelfAttention) -> torch.Tensor:
+    """(R, T, D) -> (R, heads, T, head size)."""
+    return states.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+
+class ImageCrossAttention(BlipTextSelfAttention):
+    """BLIP's cross-attention with two differences: it reads the image tokens' mask, which arrives under the name that BLIP's
+    does not read; and with an [`ImageCache`] the captions of an image are so many queries to the same keys."""
+
+    def keys_and_values(self, image_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, heads, N, head size) each, of image_embeds (B, N, D)."""
+        return tuple(in_heads(states, self) for states in products(image_embeds, self.key, self.value))
+
+    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None, **kwargs):
+        if not isinstance(past_key_values, ImageCache):
+            kwargs |= {"encoder_hidden_states": encoder_hidden_states, "past_key_values": past_key_values}
+            return super().forward(hidden_states, encoder_attention_mask=attention_mask, **kwargs)
+        context, probs = self.attend(hidden_states, past_key_values, attention_mask)
+        images, heads, _, tokens = probs.shape
+        rows, length, _ = hidden_states.shape
+        probs = probs.view(images, heads, -1, length, tokens).transpose(1, 2).reshape(rows, heads, length, tokens)
+        return context, probs
+
+    def attend(self, hidden_states, cache: ImageCache, mask: Optional[torch.Tensor] = None):
+        """Context (R, T, D) and weights (B, heads, R / B * T, N); `mask` (B, 1, 1 or T, N) is added to the scores."""
+        cached = cache.cross_attention_cache.layers[self.layer_idx]
+        images, heads, _, size = cached.keys.shape
+        query = (self.query(hidden_states) * (1 / math.sqrt(size))).view(images, -1, heads, size)
+        scores = query.transpose(1, 2).contiguous() @ cached.keys.transpose(-1, -2)
+        if mask is not None:  # the same for every query
+            scores = scores + mask[:, :, :1]
+        probs = scores.softmax(-1)
+        return (probs @ cached.values).transpose(1, 2).reshape(hidden_states.shape), probs
+
+
+def self_attention(attention: BlipTextSelfAttention, hidden_states, cache: ImageCache, mask=None) -> torch.Tensor:
+    """Context (R, T, D) of BLIP's self-attention; the new keys and values go into the cache."""
+    layers = (attention.query, attention.key, attention.value)
+    query, key, value = (in_heads(states, attention) for states in products(hidden_states, *layers))
+    key, value = cache.self_attention_cache.update(key, value, attention.layer_idx)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return context.transpose(1, 2).reshape(hidden_states.shape)
+
+
+def added_mask(kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where something is kept, else the least number: not -inf, as a pad may have nothing to attend to."""
+    return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_fill_(~kept, torch.finfo(dtype).min)
+
+
+def text_mask(attention_mask: Optional[torch.Tensor], tokens: int, past: int, like: torch.Tensor):
+    """(R or 1, 1, T, P + T) to add to scores: no token sees later ones or pads. None if there is nothing to hide."""
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    if attention_mask is None and tokens == 1:
+        return None
+    kept = torch.ones(tokens, past + tokens, dtype=torch.bool, device=like.device).tril_(past)
+    if attention_mask is not None:
+        kept = kept & attention_mask[:, None, None].bool()
+    return added_mask(kept, like.dtype)
+
+
+def decode(
+    bert,
+    input_ids: torch.Tensor,
+    cache: ImageCache,
+    attention_mask: Optional[torch.Tensor] = None,
+    position_ids: Optional[torch.Tensor] = None,
+    image_mask: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """The last hidden states (R, T, D) of `BlipTextModel`, without dropout.
+
+    Args:
+        input_ids (R, T): the tokens that the cache does not hold yet.
+        attention_mask (R, P + T): 0 on pads; (R, 1, T, P + T): added to attention scores.
+        image_mask (B, N): 0 on image tokens to leave out.
+    """
+    past = cache.get_seq_length()
+    states = bert.embeddings(input_ids=input_ids, position_ids=position_ids, past_key_values_length=past)
+    mask = text_mask(attention_mask, input_ids.shape[1], past, states)
+    if image_mask is not None:
+        image_mask = added_mask(image_mask[:, None, None].bool(), states.dtype)
+    for layer in bert.encoder.layer:
+        into = layer.attention.output
+        states = into.LayerNorm(into.dense(self_attention(layer.attention.self, states, cache, mask)) + states)
+        into = layer.crossattention.output
+        context, _ = layer.crossattention.self.attend(states, cache, image_mask)
+        states = into.LayerNorm(into.dense(context) + states)
+        states = layer.output.LayerNorm(layer.output.dense(layer.intermediate(states)) + states)
+    return states

@@ -1,0 +1,117 @@
+"""The lean way through the text decoder: BLIP's own numbers, whatever is masked, shared or cached."""
+
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+from modeling_blip_rbm import decoder_blip_rbm, modeling_blip_rbm
+from modeling_blip_rbm.decoder_blip_rbm import ImageCache, decode
+from modeling_blip_rbm.modeling_blip_rbm import attention_by_blocks
+
+
+IMAGES, ROWS = 2, 3  # rows of text an image
+
+
+@pytest.fixture
+def image_embeds(model):
+    model.double()
+    return torch.randn(IMAGES, 7, model.config.text_config.encoder_hidden_size, dtype=torch.float64)
+
+
+def in_steps(forward, ids, mask, steps):
+    """Hidden states (R, T, D) of tokens that come so many at a time; `forward` sees the mask of all that have come."""
+    start, states = 0, []
+    for step in steps:
+        states.append(forward(ids[:, start : start + step], mask[:, : start + step]))
+        start += step
+    return torch.cat(states, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [(11,), (5, 1, 1, 1, 1, 1, 1), (1, 3, 7)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_states_are_blips(model, image_embeds, steps, masked):
+    """With pads on the left, some image tokens masked, an image's rows sharing it; against BLIP with the image repeated."""
+    bert = model.text_decoder.bert
+    ids, mask = torch.randint(5, 40, (IMAGES * ROWS, 11)), torch.ones(IMAGES * ROWS, 11, dtype=torch.long)
+    image_mask = None
+    if masked:
+        mask[1, :2] = mask[4, :1] = 0
+        image_mask = torch.ones(IMAGES, 7, dtype=torch.long)
+        image_mask[1, 3:] = 0
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+
+    ours, theirs = ImageCache(model.text_decoder, image_embeds), EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def positions(seen, new):
+        return position_ids[:, seen.shape[1] - new.shape[1] : seen.shape[1]]
+
+    def lean(new, seen):
+        return decode(bert, new, ours, seen, positions(seen, new), image_mask)
+
+    def blip(new, seen):
+        return bert(
+            new,
+            attention_mask=seen,
+            position_ids=positions(seen, new),
+            encoder_hidden_states=image_embeds.repeat_interleave(ROWS, 0),
+            encoder_attention_mask=None if image_mask is None else image_mask.repeat_interleave(ROWS, 0),
+            past_key_values=theirs,
+            use_cache=True,
+            is_decoder=True,
+        ).last_hidden_state
+
+    # what a pad itself becomes nobody reads
+    counted = mask.bool()
+    expected = in_steps(blip, ids, mask, steps)
+    if (
+        masked
+    ):  # BLIP reads the image's mask under another name, see ImageCrossAttention: without it there is a difference
+        unmasked = decode(bert, ids, ImageCache(model.text_decoder, image_embeds), mask, position_ids)
+        assert not torch.allclose(unmasked[counted], expected[counted], atol=1e-3)
+    torch.testing.assert_close(in_steps(lean, ids, mask, steps)[counted], expected[counted])
+    assert ours.get_seq_length() == 11
+
+
+@torch.no_grad()
+def test_no_mask_is_a_mask_of_ones(model, image_embeds):
+    ids, bert = torch.randint(5, 40, (IMAGES, 5)), model.text_decoder.bert
+    caches = [ImageCache(model.text_decoder, image_embeds) for _ in range(3)]
+    ones = decode(bert, ids, caches[0], torch.ones_like(ids))
+    torch.testing.assert_close(decode(bert, ids, caches[1]), ones)
+    added = torch.zeros(IMAGES, 1, 5, 5).double().masked_fill(torch.ones(5, 5).triu(1).bool(), -1e30)
+    torch.testing.assert_close(decode(bert, ids, caches[2], added), ones)
+
+
+def test_generate_takes_the_lean_way_and_training_does_not(model, pixel_values, monkeypatch):
+    calls = []
+    monkeypatch.setattr(modeling_blip_rbm, "decode", lambda *args: calls.append(1) or decoder_blip_rbm.decode(*args))
+    model.generate(pixel_values, max_new_tokens=5, min_new_tokens=5)
+    assert len(calls) == 5
+    model(pixel_values, labels=torch.randint(5, 40, (len(pixel_values), 5)))
+    recorded = model.generate(
+        pixel_values, max_new_tokens=5, output_attentions=True, output_hidden_states=True, return_dict_in_generate=True
+    )
+    assert len(calls) == 5 and recorded.attentions[0] is not None and recorded.hidden_states[0] is not None
+
+
+@pytest.mark.parametrize("block", [3, 13, 1000])
+def test_attention_by_blocks_is_attention(block):
+    query, key, value = (torch.randn(2, 3, 13, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    expected = ((0.25 * query @ key.transpose(2, 3)).softmax(-1) @ value).transpose(1, 2)
+    ours = attention_by_blocks(query, key, value, 0.25, block)
+    torch.testing.assert_close(ours, expected)
+    weight = torch.randn(ours.shape, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad(ours, (query, key, value), weight),
+        torch.autograd.grad(expected, (query, key, value), weight),
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_the_tower_in_half_precision_is_as_near_as_blips(blip, model, pixel_values):
+    expected = blip.vision_model(pixel_values)[0]
+    ours, theirs = model.bfloat16(), blip.bfloat16()
+    errors = [(half.vision_model(pixel_values.bfloat16())[0] - expected).norm() for half in (ours, theirs)]
+    assert 0 < errors[0] < 1.2 * errors[1]
