@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
-from .linear_blip_rbm import products
+from .linear_blip_rbm import PackableLinear, join, products
 
 
 class ImageCache(EncoderDecoderCache):
@@ -79,6 +79,18 @@ class ImageCrossAttention(BlipTextSelfAttention):
             scores = scores + mask[:, :, :1]
         probs = scores.softmax(-1)
         return (probs @ cached.values).transpose(1, 2).reshape(hidden_states.shape), probs
+
+
+def plan_products(text_decoder):
+    """Which of BLIP's linear layers are computed together, and which multiply a few rows at a time: all but the image's."""
+    for module in text_decoder.modules():
+        if isinstance(module, PackableLinear):
+            module.few_rows = True
+    for layer in text_decoder.bert.encoder.layer:
+        text, image = layer.attention.self, layer.crossattention.self
+        join(text.query, text.key, text.value)
+        join(image.key, image.value)
+        image.key.few_rows = image.value.few_rows = False
 
 
 def self_attention(attention: BlipTextSelfAttention, hidden_states, cache: ImageCache, mask=None) -> torch.Tensor:

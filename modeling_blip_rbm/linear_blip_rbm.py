@@ -30,6 +30,7 @@ class PackableLinear(nn.Linear):
     """`nn.Linear`, and as that saved, loaded and trained."""
 
     packed: Optional[tuple] = None  # weight and bias, only inside `packed_linears`
+    few_rows = False  # at a time, so that reading the weights and rounding the inputs are all that takes time
     joined: tuple[
         "PackableLinear", ...
     ] = ()  # this one and others of the same input, whose weights are packed with its own
@@ -168,6 +169,11 @@ def _packed(module: PackableLinear, int8: bool):
     return kept[int8][1], bias
 
 
+def _8_bits_pay(module: PackableLinear) -> bool:
+    """Not where a few rows are multiplied with 16 bits: rounding them takes longer than reading half of the weight less."""
+    return not (module.few_rows and module.weight.dtype == torch.bfloat16)
+
+
 def _can_pack(weight: torch.Tensor, int8: bool) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -182,15 +188,15 @@ def packed_linears(model: nn.Module, int8: bool = False):
     """While inside, the model's linear layers use packed weights, if it is on a CPU where that pays and no gradient is wanted. The packed
     weights, as large as the others (with `int8` a quarter of fp32), are kept for the next time. Inside another, nothing changes."""
     modules = [module for module in model.modules() if isinstance(module, PackableLinear)]
-    with_others = {id(layer) for module in modules for layer in module.joined[1:]}
-    modules = [module for module in modules if module.packed is None and _can_pack(module.weight, int8)]
-    modules = [module for module in modules if id(module) not in with_others]
-    for module in modules:
-        module.packed = _packed(module, int8)
+    with_others = {layer for module in modules for layer in module.joined[1:]}
+    ways = {m: int8 and _8_bits_pay(m) for m in modules if m.packed is None and m not in with_others}
+    ways = {module: in_8_bits for module, in_8_bits in ways.items() if _can_pack(module.weight, in_8_bits)}
+    for module, in_8_bits in ways.items():
+        module.packed = _packed(module, in_8_bits)
     try:
         yield
     finally:
-        for module in modules:
+        for module in ways:
             module.packed = None
 
 

@@ -32,7 +32,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_blip_rbm import BlipRBMConfig
-from .decoder_blip_rbm import ImageCache, ImageCrossAttention, decode
+from .decoder_blip_rbm import ImageCache, ImageCrossAttention, decode, plan_products
 from .decoding_blip_rbm import (
     ContextLimit,
     RBMGuidance,
@@ -42,7 +42,7 @@ from .decoding_blip_rbm import (
     word_columns,
     words_said,
 )
-from .linear_blip_rbm import join, make_packable, with_packed_linears
+from .linear_blip_rbm import make_packable, with_packed_linears
 from .rbm import JointRBM, bernoulli, pointwise_mutual_information, word_gains
 
 
@@ -262,9 +262,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         self.rbm_layer = RBMLayer(config)
 
         make_packable(self)
-        for layer in self.text_decoder.bert.encoder.layer:
-            join(layer.attention.self.query, layer.attention.self.key, layer.attention.self.value)
-            join(layer.crossattention.self.key, layer.crossattention.self.value)
+        plan_products(self.text_decoder)
 
         self.decoder_input_ids = config.text_config.bos_token_id
         self.decoder_pad_token_id = config.text_config.pad_token_id

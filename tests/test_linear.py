@@ -11,7 +11,15 @@ from transformers.activations import ACT2FN
 
 from modeling_blip_rbm import linear_blip_rbm
 from modeling_blip_rbm.decoder_blip_rbm import ImageCache
-from modeling_blip_rbm.linear_blip_rbm import PackableLinear, activated, join, make_packable, packed_linears, products
+from modeling_blip_rbm.linear_blip_rbm import (
+    Int8Weight,
+    PackableLinear,
+    activated,
+    join,
+    make_packable,
+    packed_linears,
+    products,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +146,18 @@ def test_8_bits(dtype, shape):
         if len(shape) > 1:  # what else is in the batch does not matter
             assert torch.equal(model(x)[1:], model(x[1:]))
     assert layer.packed is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_rows_in_bf16_are_not_rounded_to_8_bits(model, dtype):
+    model.to(dtype)
+    layer = model.text_decoder.bert.encoder.layer[1]
+    with torch.no_grad(), packed_linears(model, int8=True):
+        many = [model.vision_model.encoder.layers[0].mlp.fc1, layer.crossattention.self.key]
+        few = [layer.attention.self.query, layer.output.dense, model.text_decoder.cls.predictions.decoder]
+        in_8_bits = [isinstance(module.packed[0], Int8Weight) for module in (*many, *few)]
+    assert in_8_bits == [True] * 2 + [dtype == torch.float32] * 3
 
 
 @torch.no_grad()
