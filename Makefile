@@ -45,6 +45,8 @@ align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, 
 	done
 	$(RUN) -m training.evaluate_alignment --runs runs/align-probe runs/align-sail runs/align-sail-sigmoid runs/align-rbm --dataset $(DATASET) \
 		--output benchmarks/results/alignment.json
+	$(RUN) -m training.rerank_retrieval --runs runs/align-probe runs/align-sail runs/align-rbm --captioner checkpoints/blip-rbm-small \
+		--dataset $(DATASET) --output benchmarks/results/retrieval.json
 	$(RUN) -m training.evaluate_alignment --study --vision $(VISION) $(STUDY) --text $(TEXT) --dataset $(DATASET) \
 		--max_images 2000 \
 		--output benchmarks/results/alignment_study.json

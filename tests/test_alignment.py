@@ -14,14 +14,14 @@ from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMForImageTe
 from modeling_blip_rbm.rbm import RBMParameters, pairwise_mutual_information, pointwise_mutual_information
 from tests.conftest import WORD_IDS
 from tests.stages import in_process
-from training import capfilt
+from training import capfilt, rerank_retrieval
 from training.align import AlignedTokens, load_image_layer
 from training.capfilt import shuffled
 from training.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces, sigmoid_loss
 from training.encoders import LayersOfTower, VisionEncoder
 from training.evaluate_alignment import SIMILARITIES, class_of_images
 from training.pairs import load_pairs
-from training.retrieval import recalls
+from training.retrieval import recalls, without_hubs
 
 
 # ---------------------------------------------------------------- losses
@@ -173,6 +173,65 @@ def test_alignment_learns_and_goes_on(aligned, pairs):
     in_process("align", *again, cwd=work)
     history = json.loads((work / "probe" / "align.json").read_text())["held_back"]
     assert [entry["epoch"] for entry in history] == [20, 40, 60]
+
+
+def test_hubs_are_taken_off():
+    """From the definition; and the caption that is like every image is no longer every image's best."""
+    similarity, bank_images, bank_captions = torch.randn(5, 7), torch.randn(11, 7), torch.randn(5, 13)
+    similarity[:, 3], bank_images[:, 3] = 4, 4
+    ours = without_hubs(similarity, bank_images, bank_captions, temperature=2.0, weight=0.5)
+    usual = torch.log(torch.exp(2 * bank_images).mean(0)) / 2
+    usual = usual + torch.log(torch.exp(2 * bank_captions).mean(1))[:, None] / 2
+    torch.testing.assert_close(ours, similarity - 0.5 * usual)
+    assert (similarity.argmax(1) == 3).all()
+    assert (without_hubs(similarity, bank_images, bank_captions).argmax(1) != 3).any()
+
+
+def test_a_second_look_with_the_captioner(aligned, pairs, saved_model):
+    work, _ = aligned
+    command = [
+        "--runs",
+        "probe",
+        "rbm",
+        "--captioner",
+        saved_model,
+        "--dataset",
+        pairs,
+        "--cache_dir",
+        work / "features",
+    ]
+    command += ["--candidates", 3, "--bank", 6, "--bank_candidates", 2, "--output", "again.json"]
+    out = in_process("rerank_retrieval", *command, cwd=work)
+    results = json.loads((work / "again.json").read_text())
+    assert set(results["held_back"]) == set(results["runs"]) == set(results["ways"]) and len(results["ways"]) == 4
+    assert "| hubs and likelihood |" in out and results["captions"] == 24
+    together, *others = [sum(v for k, v in entry.items() if "_r" in k) for entry in results["held_back"].values()]
+    assert np.isfinite([together, *others]).all()
+
+
+@torch.no_grad()
+def test_likelihoods_are_of_the_pairs_asked_for(pairs, saved_model, tmp_path):
+    """Against one caption of one image at a time."""
+    dataset = load_pairs(pairs, "train")
+    gallery = rerank_retrieval.Gallery(dataset, np.array([2, 5, 11]))
+    likelihoods = rerank_retrieval.Likelihoods(str(saved_model), tmp_path, batch_size=2)
+    ids = likelihoods.token_ids(gallery)
+    assert len(ids) == 9 and len({len(row) for row in ids}) > 1
+    asked = torch.rand(3, 9) < 0.5
+    asked[1] = False
+    store, model = likelihoods.features(dataset), likelihoods.model
+    found = likelihoods.of_pairs(store, gallery.rows, ids, asked, "")
+    assert torch.equal(found.isnan(), ~asked)
+    for image, caption in asked.nonzero().tolist():
+        encoding = model.encode_image(vision_hidden_states=store.batch([gallery.rows[image]]), rbm=False)
+        expected, _ = model.score_captions(encoding, ids[caption][None])
+        torch.testing.assert_close(found[image, caption], expected[0], atol=1e-3, rtol=1e-4)
+
+    gallery.similarity, gallery.likelihood = torch.zeros(3, 9), found
+    gallery.bank_likelihood = torch.full((9, 2), -3.0)
+    score = gallery.score(likelihood_weight=0.5)
+    torch.testing.assert_close(score[asked], 0.5 * (found[asked] + 3))
+    assert score[~asked].max() < score[asked].min()
 
 
 def test_study_of_encoders(work, pairs, towers):

@@ -117,6 +117,21 @@ def generate_table(speed: dict) -> str:
             )
         ]
         lines.append(f"| {model}, {dtype} | {batch} | {beams} | {' | '.join(ratios + pairs)} |")
+    across = []
+    for (model, dtype, batch, beams), cell in cells.items():
+        full = cells.get((model, "float32", batch, beams))
+        if dtype == "bfloat16" and full:
+            stock = next(iter(full.values()))["images_per_second"]
+            times = [
+                f"{cell[name]['images_per_second'] / stock:.2f}"
+                for name in ("RBM off", "RBM off, 8 bits")
+                if name in cell
+            ]
+            across.append(
+                f"{batch} image{'s' * (batch > 1)}, {beams} beam{'s' * (beams > 1)} {' ('.join(times)}{')' * (len(times) > 1)}"
+            )
+    if across:
+        lines += ["", f"In bfloat16 (with 8 bits), times stock in float32: {'; '.join(across)}."]
     return "\n".join(lines)
 
 
@@ -280,6 +295,19 @@ def alignment_table(alignment: dict) -> str:
     )
 
 
+def second_look_table(retrieval: dict) -> str:
+    settings, ways = retrieval["settings"], retrieval["ways"]["hubs and likelihood"]
+    chosen = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in ways.items())
+    return "\n".join(
+        [
+            f"The sum of {len(settings['runs'])} of them, the {settings['candidates']} best of each image and caption looked at again with the captioner "
+            f"(chosen on held-back images: {chosen}):",
+            "",
+            retrieval_table(retrieval),
+        ]
+    )
+
+
 def cost_table(quick: dict, scale: dict) -> str:
     """What the RBM stage takes: minutes of the ten-minute path, memory against the number of images."""
     minutes = quick["minutes"] + quick["minutes_of_encoding"]
@@ -406,6 +434,7 @@ def blocks() -> dict[str, str]:
         "int8": int8_line(results, benchmark("captions_int8.json")),
         "confidence": confidence_table(read("confidence.json")),
         "alignment": alignment_table(benchmark("alignment.json")),
+        "second-look": second_look_table(benchmark("retrieval.json")),
         "noise": noise_table(benchmark("noise.json")),
         "contrastive": contrastive_table(benchmark("contrastive.json")),
         "aligned-captioner": aligned_captioner_table(
