@@ -117,21 +117,6 @@ def generate_table(speed: dict) -> str:
             )
         ]
         lines.append(f"| {model}, {dtype} | {batch} | {beams} | {' | '.join(ratios + pairs)} |")
-    across = []
-    for (model, dtype, batch, beams), cell in cells.items():
-        full = cells.get((model, "float32", batch, beams))
-        if dtype == "bfloat16" and full:
-            stock = next(iter(full.values()))["images_per_second"]
-            times = [
-                f"{cell[name]['images_per_second'] / stock:.2f}"
-                for name in ("RBM off", "RBM off, 8 bits")
-                if name in cell
-            ]
-            across.append(
-                f"{batch} image{'s' * (batch > 1)}, {beams} beam{'s' * (beams > 1)} {' ('.join(times)}{')' * (len(times) > 1)}"
-            )
-    if across:
-        lines += ["", f"In bfloat16 (with 8 bits), times stock in float32: {'; '.join(across)}."]
     return "\n".join(lines)
 
 
