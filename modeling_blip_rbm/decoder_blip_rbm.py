@@ -108,7 +108,9 @@ def added_mask(kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def text_mask(attention_mask: Optional[torch.Tensor], tokens: int, past: int, like: torch.Tensor):
-    """(R or 1, 1, T, P + T) to add to scores: no token sees later ones or pads. None if there is nothing to hide."""
+    """(R or 1, 1, T, P + T) to add to scores: no token sees later ones or pads. None if there is nothing to hide.
+
+    Transformers' functions for it differ between the versions that are supported, and older ones are removed."""
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
     if attention_mask is None and tokens == 1:

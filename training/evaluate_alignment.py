@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,6 +70,23 @@ def settings_of(run: str, args) -> AlignArguments:
     return AlignArguments(**settings | {"dataset": args.dataset, "cache_dir": args.cache_dir, "views": 1}), report
 
 
+def runs_of(args):
+    """Of each run: its folder, settings, report, encoders, and what loads a split's data and captions as the run sees them."""
+    encoders = {}
+    for run in tqdm(args.runs, desc="runs"):
+        settings, report = settings_of(run, args)
+        key = (*settings.vision, settings.text)
+        encoders[key] = encoders.get(key) or load_encoders(settings)
+        load = partial(load_data, settings, word_ids=report["word_ids"], encoders=encoders[key])
+        yield run, settings, report, encoders[key], load
+
+
+def trained_aligner(run: str, settings: AlignArguments, data):
+    aligner = new_aligner(settings, data)
+    aligner.load_state_dict(torch.load(Path(run) / "best.pt", weights_only=True))
+    return aligner
+
+
 def class_of_images(captions: list[list[str]], classes) -> np.ndarray:
     """Number of the one class that most captions of an image name, if none names another; else -1."""
     said = np.array([[sum(c in tokenize(text) for text in of_image) for c in classes] for of_image in captions])
@@ -97,21 +115,17 @@ def zero_shot(aligner, data, encoders, labels: np.ndarray, classes, cache_dir: s
 
 @torch.no_grad()
 def evaluate_runs(args) -> dict:
-    results, standardised, encoders = {}, [], {}
-    for run in tqdm(args.runs, desc="runs"):
-        settings, report = settings_of(run, args)
-        key = (*settings.vision, settings.text)
-        encoders[key] = encoders.get(key) or load_encoders(settings)
-        data, captions = load_data(settings, args.split, word_ids=report["word_ids"], encoders=encoders[key])
-        aligner = new_aligner(settings, data)
-        aligner.load_state_dict(torch.load(Path(run) / "best.pt", weights_only=True))
+    results, standardised = {}, []
+    for run, settings, report, encoders, load in runs_of(args):
+        data, captions = load(args.split)
+        aligner = trained_aligner(run, settings, data)
         images, texts, owner = embed(aligner, data, data.rows)
         similarity = aligner.similarity(images, texts)
         standardised.append((similarity - similarity.mean()) / similarity.std())
         entry = {"kind": settings.kind, "minutes": report["minutes"], "parameters": report["parameters"]}
         entry |= recalls(similarity, owner)
         labels = class_of_images(captions, args.classes)
-        entry["zero_shot"] = zero_shot(aligner, data, encoders[key], labels, args.classes, args.cache_dir)
+        entry["zero_shot"] = zero_shot(aligner, data, encoders, labels, args.classes, args.cache_dir)
         if isinstance(aligner, Projection):
             compared = {name: like(images.numpy(), texts.numpy()) for name, like in SIMILARITIES.items()}
             entry["similarities"] = {name: recalls(torch.from_numpy(s), owner) for name, s in compared.items()}

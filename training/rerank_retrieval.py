@@ -6,8 +6,8 @@
 The similarity is the sum of what the runs of `training.align` give, standardised. Two things are added to it:
 
 - **hubs**: some captions are like most images, and some images like most captions. How alike each is to a bank of *training* captions or
-  images is taken off (querybank normalisation, Bogolin et al., CVPR 2022; the inverted softmax of Smith et al., ICLR 2017). Nothing of
-  the other queries of the evaluated split is used.
+  images is taken off (querybank normalisation, Bogolin et al., CVPR 2022; the inverted softmax of Smith et al., ICLR 2017). Of the
+  other queries of the evaluated split nothing is used but the mean and the spread by which similarities are standardised.
 - **likelihood**: where BLIP looks at the best candidates again with its matching head, here the captioner says log P(caption | image), less
   what it says of the caption for the training images most like it, so that every word is compared with the regions of the image.
 
@@ -17,7 +17,6 @@ Their weights are chosen on training images that were held back from both, and a
 import argparse
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,10 +25,10 @@ from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.linear_blip_rbm import packed_linears
-from training.align import embed, load_data, load_encoders, new_aligner
+from training.align import embed, sum_of_recalls
 from training.checkpoints import write_json
 from training.data import split_held_back
-from training.evaluate_alignment import settings_of
+from training.evaluate_alignment import runs_of, trained_aligner
 from training.features import cache_features
 from training.pairs import load_pairs
 from training.report import retrieval_table
@@ -88,9 +87,8 @@ def galleries(args) -> tuple[Gallery, Gallery, np.ndarray]:
     """The held-back training images, the images of the split, and the training images of the bank."""
     train = load_pairs(args.dataset, args.train_split)
     of_split = load_pairs(args.dataset, args.split)
-    held, split, encoders = None, Gallery(of_split, np.arange(len(of_split))), {}
-    for run in tqdm(args.runs, desc="runs"):
-        settings, report = settings_of(run, args)
+    held, split = None, Gallery(of_split, np.arange(len(of_split)))
+    for run, settings, _, _, load in runs_of(args):
         if held is None:
             held_back = settings.held_back
             rest, held_rows = split_held_back(train, held_back)
@@ -98,17 +96,13 @@ def galleries(args) -> tuple[Gallery, Gallery, np.ndarray]:
             bank_rows = np.sort(np.random.default_rng(args.seed).choice(rest, min(args.bank, len(rest)), replace=False))
         elif settings.held_back != held_back:
             raise ValueError(f"{run} held back {settings.held_back} images, {args.runs[0]} {held_back}: not the same")
-        key = (*settings.vision, settings.text)
-        encoders[key] = encoders.get(key) or load_encoders(settings)
-        data, _ = load_data(settings, args.train_split, word_ids=report["word_ids"], encoders=encoders[key])
-        aligner = new_aligner(settings, data)
-        aligner.load_state_dict(torch.load(Path(run) / "best.pt", weights_only=True))
+        data, _ = load(args.train_split)
+        aligner = trained_aligner(run, settings, data)
         bank_images, bank_captions, bank_owner = embed(aligner, data, bank_rows)
         first = torch.cat([torch.ones(1, dtype=torch.bool), bank_owner[1:] != bank_owner[:-1]])
         bank = bank_images, bank_captions[first]  # one caption of each image
         held.add(aligner, data, bank)
-        data, _ = load_data(settings, args.split, word_ids=report["word_ids"], encoders=encoders[key])
-        split.add(aligner, data, bank)
+        split.add(aligner, load(args.split)[0], bank)
     return held, split, bank_rows
 
 
@@ -161,16 +155,10 @@ def add_likelihoods(gallery: Gallery, likelihoods: Likelihoods, bank: tuple, arg
     gallery.bank_likelihood = of_bank.T[nearest.T].view(nearest.shape[1], -1)
 
 
-def sum_of_recalls(score, owner) -> float:
-    return sum(value for name, value in recalls(score, owner).items() if "median" not in name)
-
-
 def choose(gallery: Gallery) -> dict[str, dict]:
     """Weights of each way, by the sum of its recalls on held-back images."""
-    best = lambda ways: max(ways, key=lambda way: sum_of_recalls(gallery.score(**way), gallery.owner))
-    hubs = best(
-        [{"temperature": t, "hub_weight": w} for t, w in itertools.product(TEMPERATURES, HUB_WEIGHTS)],
-    )
+    best = lambda ways: max(ways, key=lambda way: sum_of_recalls(recalls(gallery.score(**way), gallery.owner)))
+    hubs = best([{"temperature": t, "hub_weight": w} for t, w in itertools.product(TEMPERATURES, HUB_WEIGHTS)])
     likelihood = best([{"likelihood_weight": w} for w in LIKELIHOOD_WEIGHTS])
     both = best([hubs | {"likelihood_weight": w} for w in LIKELIHOOD_WEIGHTS])
     return {"together": {}, "hubs": hubs, "likelihood": likelihood, "hubs and likelihood": both}
@@ -194,7 +182,7 @@ def main():
     args = parser.parse_args()
     held, split, bank_rows = galleries(args)
     likelihoods = Likelihoods(args.captioner, args.cache_dir)
-    bank = likelihoods.features(load_pairs(args.dataset, args.train_split)), bank_rows
+    bank = likelihoods.features(held.dataset), bank_rows
     for gallery in (held, split):
         add_likelihoods(gallery, likelihoods, bank, args)
     ways = choose(held)

@@ -31,9 +31,7 @@ class PackableLinear(nn.Linear):
 
     packed: Optional[tuple] = None  # weight and bias, only inside `packed_linears`
     few_rows = False  # at a time, so that reading the weights and rounding the inputs are all that takes time
-    joined: tuple[
-        "PackableLinear", ...
-    ] = ()  # this one and others of the same input, whose weights are packed with its own
+    joined: tuple["PackableLinear", ...] = ()  # this and others of the same input, all packed with this one
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.packed is None or self.joined:
