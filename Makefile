@@ -7,8 +7,9 @@ PIP_FLAGS ?=
 DATASET ?= ../shared/data/flickr8k
 VISION ?= ../shared/weights/efficientnet-lite2
 TEXT ?= ../shared/weights/all-minilm-l6-v2
-# Further frozen encoders of the alignment study; @ names layers.
-STUDY ?= ../shared/weights/dinov2-small@4,6,8,10,12 checkpoints/blip-rbm-small
+# Another vision encoder, beside VISION and the embedded captioner's; @ names layers.
+SECOND ?= ../shared/weights/dinov2-small
+STUDY ?= $(SECOND)@4,6,8,10,12 checkpoints/blip-rbm-small
 RUN = .venv/bin/python
 
 .DEFAULT_GOAL := help
@@ -38,14 +39,22 @@ test: .venv/installed  ## the tests (no network, nothing outside the repo)
 test-slow: .venv/installed  ## the checks that take minutes
 	$(RUN) -m pytest -q -m slow
 
-align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, trained and compared
+ALIGN = .venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.align
+align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, trained and compared; retrieval in two steps (1.5 hours)
 	for kind in probe sail sail-sigmoid rbm; do \
-		.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.align training/recipes/align-$$kind.yaml \
-			--vision $(VISION) checkpoints/blip-rbm-small --text $(TEXT) --dataset $(DATASET) --output_dir runs/align-$$kind || exit 1; \
+		$(ALIGN) training/recipes/align-$$kind.yaml --vision $(VISION) checkpoints/blip-rbm-small --text $(TEXT) --dataset $(DATASET) \
+			--output_dir runs/align-$$kind || exit 1; \
 	done
-	$(RUN) -m training.evaluate_alignment --runs runs/align-probe runs/align-sail runs/align-sail-sigmoid runs/align-rbm --dataset $(DATASET) \
-		--output benchmarks/results/alignment.json
-	$(RUN) -m training.rerank_retrieval --runs runs/align-probe runs/align-sail runs/align-rbm --captioner checkpoints/blip-rbm-small \
+	$(ALIGN) training/recipes/align-rbm.yaml --vision $(VISION) $(SECOND)@8,10,12 checkpoints/blip-rbm-small --text $(TEXT) \
+		--dataset $(DATASET) --output_dir runs/align-rbm-all
+	$(ALIGN) training/recipes/align-rbm.yaml --vision $(SECOND)@8,10,12 --text $(TEXT) --dataset $(DATASET) --output_dir runs/align-rbm-dino
+	$(RUN) -m training.evaluate_alignment --runs runs/align-probe runs/align-sail runs/align-sail-sigmoid runs/align-rbm runs/align-rbm-all \
+		runs/align-rbm-dino --dataset $(DATASET) --output benchmarks/results/alignment.json
+	$(RUN) -m training.build_captioner --decoder checkpoints/blip-rbm-small --vision $(SECOND)@10 --output_dir runs/second-start
+	$(RUN) -m training.train_captioner training/recipes/captioner-cross-attention.yaml --model runs/second-start \
+		--dataset $(DATASET) --output_dir runs/second-captioner
+	$(RUN) -m training.rerank_retrieval --runs runs/align-probe runs/align-sail runs/align-rbm runs/align-rbm-all runs/align-rbm-dino \
+		--captioners checkpoints/blip-rbm-small runs/second-captioner/best \
 		--dataset $(DATASET) --output benchmarks/results/retrieval.json
 	$(RUN) -m training.evaluate_alignment --study --vision $(VISION) $(STUDY) --text $(TEXT) --dataset $(DATASET) \
 		--max_images 2000 \
@@ -63,7 +72,7 @@ noise: .venv/installed  ## captioners on noisy pairs, on what CapFilt keeps of t
 	$(RUN) -m benchmarks.noise --vision $(VISION) --dataset $(DATASET) --output benchmarks/results/noise.json
 
 aligned-captioner: .venv/installed  ## a captioner's way from image to words on raw and on aligned tokens, equal steps, on DATASET
-	.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.align training/recipes/align-sail.yaml \
+	$(ALIGN) training/recipes/align-sail.yaml \
 		--vision $(VISION) --text $(TEXT) --dataset $(DATASET) --output_dir runs/align-sail-raw
 	$(RUN) -m training.build_captioner --decoder checkpoints/blip-rbm-small --vision $(VISION) --output_dir runs/raw-start
 	$(RUN) -m training.build_captioner --decoder checkpoints/blip-rbm-small --vision $(VISION) --aligned runs/align-sail-raw \

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForZeroShotImageClassification
+from PIL import Image
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, BitImageProcessor
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMForImageTextRetrieval
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMForImageTextRetrieval, BlipRBMProcessor
 from modeling_blip_rbm.rbm import RBMParameters, pairwise_mutual_information, pointwise_mutual_information
 from tests.conftest import WORD_IDS
 from tests.stages import in_process
@@ -189,18 +190,20 @@ def test_hubs_are_taken_off():
 
 def test_a_second_look_with_the_captioner(aligned, pairs, saved_model):
     work, _ = aligned
-    command = [
-        "--runs",
-        "probe",
-        "rbm",
-        "--captioner",
-        saved_model,
-        "--dataset",
-        pairs,
+    command = ["--runs", "probe", "rbm", "--captioners", saved_model, saved_model, "--dataset", pairs]
+    command += [
         "--cache_dir",
         work / "features",
+        "--candidates",
+        3,
+        2,
+        "--likelihood_bank",
+        6,
+        "--bank_candidates",
+        2,
+        "--output",
+        "again.json",
     ]
-    command += ["--candidates", 3, "--bank", 6, "--bank_candidates", 2, "--output", "again.json"]
     out = in_process("rerank_retrieval", *command, cwd=work)
     results = json.loads((work / "again.json").read_text())
     assert set(results["held_back"]) == set(results["runs"]) == set(results["ways"]) and len(results["ways"]) == 4
@@ -214,7 +217,7 @@ def test_likelihoods_are_of_the_pairs_asked_for(pairs, saved_model, tmp_path):
     """Against one caption of one image at a time."""
     dataset = load_pairs(pairs, "train")
     gallery = rerank_retrieval.Gallery(dataset, np.array([2, 5, 11]))
-    likelihoods = rerank_retrieval.Likelihoods(str(saved_model), tmp_path, batch_size=2)
+    likelihoods = rerank_retrieval.Likelihoods(str(saved_model), tmp_path, batch_size=2, dtype=torch.float32)
     ids = likelihoods.token_ids(gallery)
     assert len(ids) == 9 and len({len(row) for row in ids}) > 1
     asked = torch.rand(3, 9) < 0.5
@@ -227,11 +230,14 @@ def test_likelihoods_are_of_the_pairs_asked_for(pairs, saved_model, tmp_path):
         expected, _ = model.score_captions(encoding, ids[caption][None])
         torch.testing.assert_close(found[image, caption], expected[0], atol=1e-3, rtol=1e-4)
 
-    gallery.similarity, gallery.likelihood = torch.zeros(3, 9), found
-    gallery.bank_likelihood = torch.full((9, 2), -3.0)
+    # a second captioner, asked of one pair less, says 2 nats more
+    again = asked.clone()
+    again[tuple(asked.nonzero()[0])] = False
+    gallery.similarity, gallery.gains = torch.zeros(3, 9), [found + 3, torch.where(again, found + 5, float("nan"))]
     score = gallery.score(likelihood_weight=0.5)
-    torch.testing.assert_close(score[asked], 0.5 * (found[asked] + 3))
-    assert score[~asked].max() < score[asked].min()
+    torch.testing.assert_close(score[again], 0.5 * (found[again] + 4) + 200, atol=1e-3, rtol=0)
+    torch.testing.assert_close(score[asked & ~again], 0.5 * (found[asked & ~again] + 3) + 100, atol=1e-3, rtol=0)
+    assert score[~asked].max() < score[asked & ~again].min() < score[again].min()
 
 
 def test_study_of_encoders(work, pairs, towers):
@@ -383,3 +389,24 @@ def test_capfilt(saved_model, pairs, tmp_path, few_captions):
     in_process("capfilt", *command, "--output_dir", "filtered", "--synthetic", True, "--least", 0.4, cwd=tmp_path)
     head = json.loads((saved_model / "config.json").read_text())["rbm_match"]
     assert head == json.loads((tmp_path / "filtered" / "capfilt.json").read_text())["matching_head"]
+
+
+def test_a_captioner_on_the_first_layers_of_a_tower(towers, tmp_path):
+    """NAME@1: the state after one layer, of the whole image, where the processor of the tower would cut its borders off."""
+    tower = AutoModel.from_pretrained(towers / "vision")
+    tower.save_pretrained(tmp_path / "vision")
+    crop = BitImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 21, "width": 21}, do_center_crop=True)
+    crop.save_pretrained(tmp_path / "vision")
+    command = ["--vision", "vision@1", "--text", towers / "text", "--output_dir", "captioner"]
+    in_process("build_captioner", *command, cwd=tmp_path)
+    model = BlipRBMForConditionalGeneration.from_pretrained(tmp_path / "captioner")
+    assert model.config.vision_config.num_hidden_layers == 1 and model.config.num_image_tokens == 1 + 3 * 3
+    processor = BlipRBMProcessor.from_pretrained(tmp_path / "captioner")
+    image = np.full((47, 47, 3), 255, np.uint8)
+    image[4:-4, 4:-4] = 0  # a frame at the border
+    pixels = processor(images=Image.fromarray(image), return_tensors="pt")["pixel_values"]
+    assert pixels.shape[-2:] == (21, 21) and (pixels[..., 0, :] > 0).all()
+    with torch.no_grad():
+        state = tower(pixels, output_hidden_states=True).hidden_states[1]
+        expected = model.projector(tower.layernorm(state))
+        torch.testing.assert_close(model.encode_image(pixels, rbm=False).image_embeds, expected)

@@ -12,12 +12,15 @@ are expected to have gone through an alignment layer: what SAIL's last claim is 
 
 import argparse
 
+import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
+from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
 from training.align import load_image_layer
 from training.checkpoints import save_captioner
+from training.encoders import load_image_processor
 
 
 def build_tokenizer(text: str):
@@ -28,17 +31,39 @@ def build_tokenizer(text: str):
     return tokenizer
 
 
+def load_tower(vision: str):
+    """A vision model by folder or Hub id; `NAME@10`: its first 10 layers. Those of a tower that was tuned for something else may say more
+    of an image than the last (the alignment study in README.md tells)."""
+    name, _, layers = vision.partition("@")
+    config = AutoConfig.from_pretrained(name)
+    if layers:
+        settings = config.to_dict() | {"num_hidden_layers": int(layers)}
+        for derived in ("stage_names", "out_features", "out_indices"):  # of backbones, by the number of layers
+            settings.pop(derived, None)
+        config = type(config)(**settings)
+    tower = AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
+    return tower, load_image_processor(name)
+
+
+@torch.no_grad()
+def shape_of_tokens(tower, image_processor) -> dict[str, int]:
+    """Number and width of the tokens of an image, for the config: the processor's size need not be the one that the tower was trained on."""
+    blank = image_processor(np.zeros((32, 32, 3), np.uint8), return_tensors="pt")["pixel_values"]
+    tokens = vision_tokens(tower.eval()(blank))
+    return {"num_image_tokens": tokens.shape[1], "vision_hidden_size": tokens.shape[2]}
+
+
 def build_captioner(vision: str, text: str, dropout: float = 0.1, max_position_embeddings: int = 512):
     """An untrained captioner: (model, processor).
 
     Args:
-        vision: folder or Hub id of any vision model that transformers' AutoModel loads.
+        vision: folder or Hub id of any vision model that transformers' AutoModel loads, as in `load_tower`.
         text: folder or Hub id of a BERT-type encoder with its tokenizer.
 
     Raises:
         ValueError: if the text model is not of BERT's kind.
     """
-    tower = AutoModel.from_pretrained(vision, dtype=torch.float32)
+    tower, image_processor = load_tower(vision)
     encoder = AutoModel.from_pretrained(text, dtype=torch.float32)
     if encoder.config.model_type != "bert":
         raise ValueError(
@@ -51,6 +76,7 @@ def build_captioner(vision: str, text: str, dropout: float = 0.1, max_position_e
     bert = encoder.config
     config = BlipRBMConfig(
         vision_config=vision_config,
+        **({} if vision_config.model_type == "blip_vision_model" else shape_of_tokens(tower, image_processor)),
         text_config={
             **{
                 name: getattr(bert, name)
@@ -72,8 +98,7 @@ def build_captioner(vision: str, text: str, dropout: float = 0.1, max_position_e
     model = BlipRBMForConditionalGeneration(config)
     model.vision_model.load_state_dict(tower.state_dict())
     _start_decoder_from_bert(model.text_decoder, encoder.state_dict())
-    processor = BlipRBMProcessor(AutoImageProcessor.from_pretrained(vision), tokenizer)
-    return model, processor
+    return model, BlipRBMProcessor(image_processor, tokenizer)
 
 
 @torch.no_grad()
@@ -104,25 +129,26 @@ def with_decoder_of(captioner: str, vision: str, aligned: str | None = None):
             tokens (`train_captioner --aligned`), not pixels.
     """
     trained = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32)
-    tower = AutoModel.from_pretrained(vision, dtype=torch.float32)
+    tower, image_processor = load_tower(vision)
     words = trained.config.text_config.to_dict()
-    model = BlipRBMForConditionalGeneration(BlipRBMConfig(vision_config=tower.config, text_config=words))
+    shape = shape_of_tokens(tower, image_processor)
     if aligned is not None:
         layer = load_image_layer(aligned)
-        shape = {"num_image_tokens": model.config.num_image_tokens}
         shape["vision_hidden_size"] = layer(torch.zeros(1, len(layer[0].weight))).shape[1]
-        model = BlipRBMForConditionalGeneration(BlipRBMConfig(vision_config=tower.config, text_config=words, **shape))
+    model = BlipRBMForConditionalGeneration(BlipRBMConfig(vision_config=tower.config, text_config=words, **shape))
     model.vision_model.load_state_dict(tower.state_dict())
     model.text_decoder.load_state_dict(trained.text_decoder.state_dict())
     for block in model.text_decoder.bert.encoder.layer:
         block.crossattention.load_state_dict(block.attention.state_dict(), strict=False)
     tokenizer = BlipRBMProcessor.from_pretrained(captioner).tokenizer
-    return model, BlipRBMProcessor(AutoImageProcessor.from_pretrained(vision), tokenizer)
+    return model, BlipRBMProcessor(image_processor, tokenizer)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Build an untrained captioner from two unimodal models.")
-    parser.add_argument("--vision", required=True, help="folder or Hub id of a vision model")
+    parser.add_argument(
+        "--vision", required=True, help="folder or Hub id of a vision model; NAME@10: its first 10 layers"
+    )
     language = parser.add_mutually_exclusive_group(required=True)
     language.add_argument("--text", help="folder or Hub id of a BERT-type text encoder")
     language.add_argument("--decoder", help="folder or Hub id of a trained captioner, in the place of --text")

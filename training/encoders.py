@@ -20,6 +20,14 @@ from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
 from training.features import cache_features, tower_fingerprint
 
 
+def load_image_processor(name: str):
+    """The image processor of a vision model, for whole images: captions also speak of what a central crop would cut off."""
+    processor = AutoImageProcessor.from_pretrained(name)
+    if getattr(processor, "do_center_crop", False):
+        processor.size, processor.do_center_crop = dict(processor.crop_size), False
+    return processor
+
+
 class LayersOfTower(torch.nn.Module):
     """A vision tower whose tokens are the hidden states after some of its layers, side by side: (B, N, layers * C)."""
 
@@ -51,7 +59,7 @@ class VisionEncoder:
             self.tower = BlipRBMForConditionalGeneration.from_pretrained(name).vision_model
         else:
             self.tower = AutoModel.from_pretrained(name, dtype=torch.float32)
-        self.image_processor = AutoImageProcessor.from_pretrained(name)
+        self.image_processor = load_image_processor(name)
         wanted = [int(layer) for layer in layers.split(",")] if layers else []
         if wanted:
             self.tower = LayersOfTower(self.tower, wanted)

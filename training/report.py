@@ -285,8 +285,8 @@ def second_look_table(retrieval: dict) -> str:
     chosen = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in ways.items())
     return "\n".join(
         [
-            f"The sum of {len(settings['runs'])} of them, the {settings['candidates']} best of each image and caption looked at again with the captioner "
-            f"(chosen on held-back images: {chosen}):",
+            f"The mean of {len(settings['runs'])} of them; the {settings['candidates'][0]} best of each image and caption looked at again with the embedded "
+            f"captioner, and the {settings['candidates'][1]} best then with one on DINOv2's tokens (chosen on held-back images: {chosen}):",
             "",
             retrieval_table(retrieval),
         ]

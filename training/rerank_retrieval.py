@@ -1,15 +1,16 @@
 """Retrieval in two steps, as BLIP retrieves: similarities of embeddings first, then the best few again with the decoder.
 
-    python -m training.rerank_retrieval --runs runs/align-probe runs/align-sail runs/align-rbm --captioner checkpoints/blip-rbm-small \
-        --dataset flickr8k --output benchmarks/results/retrieval.json
+    python -m training.rerank_retrieval --runs runs/align-probe runs/align-sail runs/align-rbm \
+        --captioners checkpoints/blip-rbm-small runs/dino-captioner/best --dataset flickr8k --output benchmarks/results/retrieval.json
 
-The similarity is the sum of what the runs of `training.align` give, standardised. Two things are added to it:
+The similarity is the mean of what the runs of `training.align` give, standardised. Two things are added to it:
 
-- **hubs**: some captions are like most images, and some images like most captions. How alike each is to a bank of *training* captions or
+- **hubs**: some captions are like most images, and some images like most captions. How alike each is to the bank of *training* captions or
   images is taken off (querybank normalisation, Bogolin et al., CVPR 2022; the inverted softmax of Smith et al., ICLR 2017). Of the
   other queries of the evaluated split nothing is used but the mean and the spread by which similarities are standardised.
-- **likelihood**: where BLIP looks at the best candidates again with its matching head, here the captioner says log P(caption | image), less
-  what it says of the caption for the training images most like it, so that every word is compared with the regions of the image.
+- **likelihood**: where BLIP looks at the best candidates again with its matching head, here captioners say log P(caption | image), less
+  what they say of the caption for the training images most like it, so that every word is compared with the regions of the image. The
+  first captioner is asked of the best 24, say, and the next of those that are then the best 12.
 
 Their weights are chosen on training images that were held back from both, and applied to the split.
 """
@@ -17,6 +18,7 @@ Their weights are chosen on training images that were held back from both, and a
 import argparse
 import itertools
 import json
+import time
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from tqdm.auto import tqdm
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.linear_blip_rbm import packed_linears
 from training.align import embed, sum_of_recalls
+from training.arguments import bf16_is_fast
 from training.checkpoints import write_json
 from training.data import split_held_back
 from training.evaluate_alignment import runs_of, trained_aligner
@@ -35,7 +38,12 @@ from training.report import retrieval_table
 from training.retrieval import recalls, without_hubs
 
 
-TEMPERATURES, HUB_WEIGHTS, LIKELIHOOD_WEIGHTS = (0.5, 1.0, 2.0, 4.0), (0.5, 1.0), (0.05, 0.1, 0.2, 0.3, 0.5)
+TEMPERATURES, HUB_WEIGHTS, LIKELIHOOD_WEIGHTS = (
+    (1.5, 2.0, 3.0, 4.0, 6.0),
+    (0.5, 1.0),
+    (0.03, 0.05, 0.07, 0.1, 0.15, 0.2),
+)
+FIRST = {"temperature": 3.0, "hub_weight": 1.0, "likelihood_weight": 0.1}  # by which candidates are found
 
 
 class Gallery:
@@ -43,27 +51,30 @@ class Gallery:
 
     Attributes:
         similarity (n, m) of n images and m captions, owner (m,) the image of each caption; bank_images (r, m) and bank_captions (n, s): the
-        same of the bank's images and these captions, and of these images and the bank's captions. likelihood (n, m) log P(caption | image)
-        of candidates, NaN elsewhere; bank_likelihood (m, c): of each caption for the c training images most like it.
+        same of the bank's images and these captions, and of these images and the bank's captions. gains: of each captioner (n, m), how
+        much likelier a caption is for the image than for the training images most like it, nats; NaN where it was not asked.
     """
 
     def __init__(self, dataset, rows):
         self.dataset, self.rows = dataset, rows
         self.similarity = self.bank_images = self.bank_captions = 0.0
+        self.runs, self.gains = 0, []
 
     def add(self, aligner, data, bank):
-        """One more similarity, standardised over this gallery."""
+        """One more similarity, standardised over this gallery, into the mean."""
         images, captions, self.owner = embed(aligner, data, self.rows)
         similarity = aligner.similarity(images, captions)
         mean, std = similarity.mean(), similarity.std()
-        self.similarity = self.similarity + (similarity - mean) / std
+        self.runs += 1
+        into_mean = lambda before, more: before + ((more - mean) / std - before) / self.runs
         bank_images, bank_captions = bank
-        self.bank_images = self.bank_images + (aligner.similarity(bank_images, captions) - mean) / std
-        self.bank_captions = self.bank_captions + (aligner.similarity(images, bank_captions) - mean) / std
+        self.similarity = into_mean(self.similarity, similarity)
+        self.bank_images = into_mean(self.bank_images, aligner.similarity(bank_images, captions))
+        self.bank_captions = into_mean(self.bank_captions, aligner.similarity(images, bank_captions))
 
-    def candidates(self, count: int, temperature: float = 1.0) -> torch.Tensor:
+    def candidates(self, count: int) -> torch.Tensor:
         """(n, m) whether a caption is among the best `count` of the image, or the image among those of the caption."""
-        score = without_hubs(self.similarity, self.bank_images, self.bank_captions, temperature)
+        score = self.score(**FIRST)
         chosen = torch.zeros_like(score, dtype=torch.bool)
         for matrix, marks in ((score, chosen), (score.T, chosen.T)):
             marks.scatter_(1, matrix.topk(min(count, matrix.shape[1]), 1).indices, True)
@@ -73,12 +84,11 @@ class Gallery:
         score = self.similarity
         if temperature is not None:
             score = without_hubs(score, self.bank_images, self.bank_captions, temperature, hub_weight)
-        if likelihood_weight is not None:
-            usual = self.bank_likelihood.logsumexp(1) - np.log(self.bank_likelihood.shape[1])
-            scored = ~self.likelihood.isnan()
-            gain = likelihood_weight * (self.likelihood - usual)
-            # what was not looked at again stays behind what was
-            score = torch.where(scored, score + gain, score - 1e3)
+        if likelihood_weight is not None and self.gains:
+            gains = torch.stack(self.gains)
+            looks = len(gains) - gains.isnan().sum(0)
+            # what fewer captioners have looked at stays behind
+            score = score + likelihood_weight * gains.nansum(0) / looks.clamp(min=1) + 100 * looks
         return score
 
 
@@ -93,30 +103,34 @@ def galleries(args) -> tuple[Gallery, Gallery, np.ndarray]:
             held_back = settings.held_back
             rest, held_rows = split_held_back(train, held_back)
             held = Gallery(train, held_rows)
-            bank_rows = np.sort(np.random.default_rng(args.seed).choice(rest, min(args.bank, len(rest)), replace=False))
+            bank_rows = np.random.default_rng(args.seed).permutation(rest)[: args.bank]
         elif settings.held_back != held_back:
             raise ValueError(f"{run} held back {settings.held_back} images, {args.runs[0]} {held_back}: not the same")
         data, _ = load(args.train_split)
         aligner = trained_aligner(run, settings, data)
-        bank_images, bank_captions, bank_owner = embed(aligner, data, bank_rows)
-        first = torch.cat([torch.ones(1, dtype=torch.bool), bank_owner[1:] != bank_owner[:-1]])
-        bank = bank_images, bank_captions[first]  # one caption of each image
+        bank = embed(aligner, data, bank_rows)[:2]
         held.add(aligner, data, bank)
         split.add(aligner, load(args.split)[0], bank)
     return held, split, bank_rows
 
 
 class Likelihoods:
-    """log P(caption | image) by a captioner, of images by their cached features."""
+    """log P(caption | image) by a captioner, of images by their cached features.
 
-    def __init__(self, captioner: str, cache_dir: str, batch_size: int = 64):
-        self.model = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).eval()
+    Args:
+        dtype: in which the decoder computes; by default bf16 where it is faster.
+    """
+
+    def __init__(self, captioner: str, cache_dir: str, batch_size: int = 64, dtype: torch.dtype | None = None):
+        # features are found by the tower's weights, which are not to be rounded
+        self.tower = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).vision_model.eval()
+        dtype = dtype or (torch.bfloat16 if bf16_is_fast() else torch.float32)
+        self.model = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=dtype).eval()
         self.processor = BlipRBMProcessor.from_pretrained(captioner)
         self.cache_dir, self.batch_size = cache_dir, batch_size
 
     def features(self, dataset):
-        tower, image_processor = self.model.vision_model, self.processor.image_processor
-        return cache_features(tower, image_processor, dataset, self.cache_dir, dtype="auto")
+        return cache_features(self.tower, self.processor.image_processor, dataset, self.cache_dir, dtype="auto")
 
     def token_ids(self, gallery: Gallery) -> list[torch.Tensor]:
         texts = [text for of_image in gallery.dataset.select(gallery.rows)["captions"] for text in of_image]
@@ -135,24 +149,32 @@ class Likelihoods:
                 if not len(captions):
                     continue
                 captions = captions[lengths[captions].argsort()]  # rows of like length together
-                encoding = self.model.encode_image(vision_hidden_states=store.batch([rows[image]]), rbm=False)
+                states = store.batch([rows[image]]).to(self.model.dtype)
+                encoding = self.model.encode_image(vision_hidden_states=states, rbm=False)
                 for some in captions.split(self.batch_size):
                     ids = pad_sequence([token_ids[caption] for caption in some], batch_first=True, padding_value=pad)
-                    result[image, some], _ = self.model.score_captions(encoding, ids)
+                    result[image, some] = self.model.score_captions(encoding, ids)[0].float()
                 bar.update(len(captions))
         return result
 
 
-def add_likelihoods(gallery: Gallery, likelihoods: Likelihoods, bank: tuple, args):
-    """`bank`: a store of features, and the bank's rows in it."""
+def add_gain(gallery: Gallery, likelihoods: Likelihoods, bank: tuple, candidates: int, of_bank: int):
+    """One more captioner's opinion.
+
+    Args:
+        bank: a store of features, and rows in it: of the bank's first images, among which the `of_bank` most like a caption tell its usual
+            likelihood.
+    """
     ids = likelihoods.token_ids(gallery)
     store = likelihoods.features(gallery.dataset)
-    chosen = gallery.candidates(args.candidates)
-    gallery.likelihood = likelihoods.of_pairs(store, gallery.rows, ids, chosen, "likelihood")
-    nearest = torch.zeros_like(gallery.bank_images, dtype=torch.bool)
-    nearest.scatter_(0, gallery.bank_images.topk(args.bank_candidates, 0).indices, True)
-    of_bank = likelihoods.of_pairs(*bank, ids, nearest, "likelihood, bank")
-    gallery.bank_likelihood = of_bank.T[nearest.T].view(nearest.shape[1], -1)
+    chosen = gallery.candidates(candidates)
+    likelihood = likelihoods.of_pairs(store, gallery.rows, ids, chosen, "likelihood")
+    alike = gallery.bank_images[: len(bank[1])]
+    nearest = torch.zeros_like(alike, dtype=torch.bool)
+    nearest.scatter_(0, alike.topk(of_bank, 0).indices, True)
+    found = likelihoods.of_pairs(*bank, ids, nearest, "likelihood, bank")
+    usual = found.T[nearest.T].view(-1, of_bank).logsumexp(1) - np.log(of_bank)
+    gallery.gains.append(likelihood - usual)
 
 
 def choose(gallery: Gallery) -> dict[str, dict]:
@@ -167,12 +189,21 @@ def choose(gallery: Gallery) -> dict[str, dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, help="output folders of training.align")
-    parser.add_argument("--captioner", required=True, help="folder or Hub id of a BLIP-RBM")
+    parser.add_argument("--captioners", nargs="+", required=True, help="folders or Hub ids of BLIP-RBMs")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--train_split", default="train")
     parser.add_argument("--split", default="validation")
-    parser.add_argument("--candidates", type=int, default=16, help="of each image and caption that are looked at again")
-    parser.add_argument("--bank", type=int, default=2000, help="training images that tell which captions are hubs")
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        nargs="+",
+        default=[24, 12],
+        help="of each image and caption, how many each captioner looks at",
+    )
+    parser.add_argument("--bank", type=int, help="at most so many training images tell which captions are hubs")
+    parser.add_argument(
+        "--likelihood_bank", type=int, default=2000, help="and so many of them which captions are likely for any image"
+    )
     parser.add_argument(
         "--bank_candidates", type=int, default=8, help="of them, for which a caption's usual likelihood is asked"
     )
@@ -180,13 +211,21 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True, help="results, JSON")
     args = parser.parse_args()
+    if len(args.candidates) < len(args.captioners) or args.candidates != sorted(args.candidates, reverse=True):
+        parser.error(
+            f"--candidates {args.candidates}: a number for each of {len(args.captioners)} captioners is needed, none above the one before"
+        )
     held, split, bank_rows = galleries(args)
-    likelihoods = Likelihoods(args.captioner, args.cache_dir)
-    bank = likelihoods.features(held.dataset), bank_rows
-    for gallery in (held, split):
-        add_likelihoods(gallery, likelihoods, bank, args)
+    start = time.time()
+    for captioner, candidates in zip(args.captioners, args.candidates):
+        likelihoods = Likelihoods(captioner, args.cache_dir)
+        bank = likelihoods.features(held.dataset), bank_rows[: args.likelihood_bank]
+        for gallery in (held, split):
+            add_gain(gallery, likelihoods, bank, candidates, args.bank_candidates)
+    minutes = (time.time() - start) / 60
     ways = choose(held)
     results = {"settings": vars(args), "ways": ways, "images": len(split.similarity), "captions": len(split.owner)}
+    results["minutes_of_likelihoods"] = minutes
     for name, gallery in (("held_back", held), ("runs", split)):
         results[name] = {way: recalls(gallery.score(**settings), gallery.owner) for way, settings in ways.items()}
     print(json.dumps(ways))
