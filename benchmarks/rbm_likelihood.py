@@ -63,6 +63,7 @@ LIBRARIES = {
     "blip-rbm, float32": ours("float32"),
     "blip-rbm, int8 products": ours("int8"),
     "blip-rbm, int8 products, compiled": ours("int8", compiled=True),
+    "blip-rbm, bfloat16 products, compiled": ours("bfloat16", compiled=True),
     "scikit-learn BernoulliRBM": sklearn,
     "rbms 0.5.0": rbms,
 }

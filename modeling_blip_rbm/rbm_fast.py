@@ -9,7 +9,8 @@ A step of CD-1 or PCD-1 is five products of V*H multiply-adds a sample: 10 V H F
 `fastest_precision` measures what a processor is good at; `tests/test_rbm_fast.py` holds each against `rbm.py`, the reference.
 
 With fast products, sampling is half of the time: each of its half a dozen operations goes over memory once. `rbm_kernels.cpp` does them
-in one pass; it is compiled (seconds, kept by PyTorch for the next time) if asked for, as it takes a C++ compiler.
+in one pass; it is compiled (seconds, kept by PyTorch for the next time) if asked for, as it takes a C++ compiler. `rbm_products.cpp`, compiled
+with it, has bfloat16's products for processors with AVX512_BF16, and samples while their sums are still in registers.
 """
 
 import os
@@ -26,6 +27,7 @@ from .rbm import RBMParameters, centred_gradient
 
 
 UNIT = 2.0**-16  # random numbers are 16 bits
+TILE_ROWS, TILE_COLUMNS = 14, 32  # of rbm_products.cpp
 BLOCK = 256  # rows that are sampled at a time: their fp32 values stay in the processor's cache
 
 
@@ -41,9 +43,13 @@ class Workspace(dict):
 
 class Products:
     """The products of a step. A precision says its `dtype` (of states and weights), `product_dtype`, `multiply`, and `one`, how a
-    probability of 1 is encoded."""
+    probability of 1 is encoded.
 
-    one = 1
+    Attributes:
+        fused: whether `sample_product` of the compiled kernels takes the place of `up` and `down`.
+    """
+
+    one, fused = 1, False
 
     def __init__(self):
         self.memory = Workspace()
@@ -69,6 +75,11 @@ class Products:
             out.copy_(product).mul_(weight)  # torch.mul(product, weight, out=out) would make a copy first
 
 
+def has_fused_products(kernels, U: torch.Tensor) -> bool:
+    """Whether `rbm_products.cpp` is compiled, has code for this processor, and for these sizes: it takes units in pairs."""
+    return kernels is not None and hasattr(kernels, "sample_product") and U.shape[0] % 2 == U.shape[1] % 2 == 0
+
+
 class FloatProducts(Products):
     """The products in `dtype`, accumulated in fp32 by the processor's library."""
 
@@ -79,16 +90,32 @@ class FloatProducts(Products):
         self.dtype = self.product_dtype = dtype
 
     def load(self, U: torch.Tensor, kernels=None):
+        self.kernels, self.fused = kernels, self.dtype == torch.bfloat16 and has_fused_products(kernels, U)
+        if self.fused:
+            visible, hidden = U.shape
+            self.up_packed = self._packed("up", visible, hidden, TILE_COLUMNS)
+            self.down_packed = self._packed("down", hidden, visible, TILE_COLUMNS)
+            rounded = self.memory.get_tensor("U", U.shape, self.dtype)
+            kernels.pack_weights(U, rounded, self.up_packed, self.down_packed)
+            return
         same = self.dtype == U.dtype
         self.up_weight = self.down_weight = U if same else self.memory.get_tensor("U", U.shape, self.dtype).copy_(U)
         self.down_scale, self.up_scale = (self.memory.get_tensor(name, (n,)).fill_(1) for name, n in zip("VH", U.shape))
+
+    def _packed(self, name: str, n: int, m: int, width: int) -> torch.Tensor:
+        """Memory for a matrix (n, m) as the fused products read it."""
+        return self.memory.get_tensor(name, torch.Size([self.kernels.packed_size(n, m, width)]), torch.int32)
 
     def encode(self, q: torch.Tensor, u: torch.Tensor, out: torch.Tensor):
         """out (n, H), in `dtype`: what `outer` takes for the probabilities q. u: as from `uniform`."""
         out.copy_(q)
 
     def outer(self, v, code, out, weight, add):
-        if self.dtype == torch.float32:
+        if self.fused and not add:
+            n, visible, hidden = len(v), *out.shape
+            packed = self._packed("v", n, visible, TILE_ROWS), self._packed("code", n, hidden, TILE_COLUMNS)
+            self.kernels.outer_product(v, code, weight, *packed, out)
+        elif self.dtype == torch.float32:
             torch.addmm(out, v.T, code, beta=float(add), alpha=weight, out=out)
         else:
             super().outer(v, code, out, weight, add)
@@ -178,7 +205,7 @@ def fastest_precision(batch: int, visible: int, hidden: int) -> str:
 
 @lru_cache
 def compiled_kernels():
-    """The functions of `rbm_kernels.cpp`, compiled for this processor at the first call on a machine.
+    """The functions of `rbm_kernels.cpp` and `rbm_products.cpp`, compiled for this processor at the first call on a machine.
 
     Raises:
         RuntimeError: where they cannot be compiled.
@@ -192,16 +219,17 @@ def compiled_kernels():
             pass
         else:
             os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
-    source = Path(__file__).with_name("rbm_kernels.cpp")
+    sources = [Path(__file__).with_name(name) for name in ("rbm_kernels.cpp", "rbm_products.cpp")]
     # -ffast-math lets the compiler make vectors of rounding; nothing here is NaN or infinite on purpose
     flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp"]
+    flags += ["-fno-strict-aliasing"]  # the bits of floats are read as integers
     # compiled code is kept in the home directory, which processors of several kinds may share
     name = f"blip_rbm_kernels_{torch.backends.cpu.get_cpu_capability().lower()}"
     try:
-        load(name, [str(source)], extra_cflags=flags, is_python_module=False)
+        load(name, [str(source) for source in sources], extra_cflags=flags, is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:
         raise RuntimeError(
-            f"compiled=True, but {source.name} could not be compiled (it takes a C++ compiler, and ninja: pip install ninja); "
+            f"compiled=True, but {sources[0].name} could not be compiled (it takes a C++ compiler, and ninja: pip install ninja); "
             f"use compiled=False. The compiler said: {error}"
         ) from error
     return torch.ops.blip_rbm
@@ -271,6 +299,12 @@ class FastContrastiveDivergence:
             self.products.encode(prob, u, code)
         return self.products.sum(state if code is None else code)
 
+    def _sample_product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, state, code) -> torch.Tensor:
+        """`sample_units` of the inputs bias + x B, which are never written."""
+        total = torch.empty_like(bias)
+        self.kernels.sample_product(x, packed, bias, int(self.bits.random_raw()) >> 1, state, code, total)
+        return total
+
     def _blocks(self, rows: int) -> list[slice]:
         step = rows if self.kernels is not None else BLOCK  # what is done in one pass over memory needs no blocks
         return [slice(start, start + step) for start in range(0, rows, step)]
@@ -281,6 +315,8 @@ class FastContrastiveDivergence:
         Returns:
             (H,) the sum of the probabilities over the samples.
         """
+        if self.products.fused:
+            return self._sample_product(v, self.products.up_packed, c, h, code)
         total = 0
         for rows in self._blocks(len(v)):
             a = self.products.up(v[rows])
@@ -293,6 +329,8 @@ class FastContrastiveDivergence:
         Returns:
             (V,) their sum.
         """
+        if self.products.fused:
+            return self._sample_product(h, self.products.down_packed, b, v, None)
         total = 0
         for rows in self._blocks(len(h)):
             total += self.sample_units(self.products.down(h[rows]), b, self.products.down_scale, v[rows], None)

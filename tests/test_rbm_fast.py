@@ -23,24 +23,33 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 COMPILED = [False, pytest.param(True, marks=needs_compiler, id="compiled")]
 
 
-def machine(std, seed=3):
+def machine(std, seed=3, visible=K, hidden=H):
     g = torch.Generator().manual_seed(seed)
     r = lambda *size: std * torch.randn(*size, generator=g)
-    return RBMParameters(c=r(H), U=r(K, H), b=r(K))
+    return RBMParameters(c=r(hidden), U=r(visible, hidden), b=r(visible))
+
+
+@pytest.fixture
+def fused():
+    """The compiled kernels, where they have products of their own."""
+    if shutil.which("c++") is None or not hasattr(compiled_kernels(), "sample_product"):
+        pytest.skip("no C++ compiler, or no AVX512_BF16")
+    return compiled_kernels()
 
 
 @pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("steps", [1, 3])
-def test_gradient_is_the_reference_where_nothing_is_left_to_chance(precision, steps, compiled):
+@pytest.mark.parametrize("visible, hidden", [(K, H), (2 * K, 2 * H)])  # fused products take even sizes
+def test_gradient_is_the_reference_where_nothing_is_left_to_chance(precision, steps, compiled, visible, hidden):
     """With huge weights every unit is certain given the other layer, so both sample the same states."""
     g = torch.Generator().manual_seed(3)
-    U = 100.0 * torch.randint(-1, 2, (K, H), generator=g)  # exact in every precision
-    p = RBMParameters(c=torch.full((H,), -50.0), U=U, b=torch.full((K,), -50.0))  # no input is 0
-    v = (torch.rand(B, K) < 0.3).float()
-    chains = (torch.rand(43, H) < 0.5).float()
+    U = 100.0 * torch.randint(-1, 2, (visible, hidden), generator=g)  # exact in every precision
+    p = RBMParameters(c=torch.full((hidden,), -50.0), U=U, b=torch.full((visible,), -50.0))  # no input is 0
+    v = (torch.rand(B, visible) < 0.3).float()
+    chains = (torch.rand(43, hidden) < 0.5).float()
     for start in (None, chains, chains[:B]):
-        state = None if start is None else GibbsState(start, w=torch.zeros(len(start), K))
+        state = None if start is None else GibbsState(start, w=torch.zeros(len(start), visible))
         expected, after = contrastive_divergence(p, w=v, steps=steps, chains=state)
         gradient, h, _ = FastContrastiveDivergence(precision, 0, compiled).gradient(p, v, start, steps)
         assert torch.equal(h.float(), after.h)
@@ -107,6 +116,74 @@ def test_compiled_samples_are_independent_and_have_their_probabilities():
         if number == 0:
             correlation -= torch.diag(correlation.diagonal())
         assert correlation.abs().max() < 4.5 / rows**0.5
+
+
+@pytest.mark.parametrize("n, visible, hidden", [(1, 2, 2), (14, 62, 34), (41, 74, 46), (29, 106, 64)])
+def test_fused_products(fused, n, visible, hidden):
+    """Whole tiles and what is left over; against products of the same rounded weights."""
+    p, products = machine(0.4, visible=visible, hidden=hidden), PRECISIONS["bfloat16"]()
+    products.load(p.U, fused)
+    assert products.fused
+    v, h = ((torch.rand(n, units) < 0.3).bfloat16() for units in (visible, hidden))
+    state, code, total = torch.empty(n, hidden).bfloat16(), torch.empty(n, hidden).bfloat16(), torch.empty(hidden)
+    fused.sample_product(v, products.up_packed, p.c, 2**40 + 7, state, code, total)
+    U = p.U.bfloat16().float()
+    q = torch.sigmoid(p.c + v.float() @ U)
+    torch.testing.assert_close(code.float(), q, atol=2e-3, rtol=0)
+    torch.testing.assert_close(total, q.sum(0), atol=1e-4, rtol=1e-4)
+    assert ((state == 0) | (state == 1)).all()
+
+    certain = 40.0 * (torch.rand(visible) < 0.5) - 20.0  # what comes down decides for the few that are near it
+    products.load(1e-3 * p.U, fused)
+    down, total = torch.empty(n, visible).bfloat16(), torch.empty(visible)
+    fused.sample_product(h, products.down_packed, certain, 3, down, None, total)
+    assert torch.equal(down.float(), (certain > 0).float().expand(n, -1)) and torch.equal(total, down.float().sum(0))
+
+    out = torch.full((visible, hidden), float("nan"))
+    products.outer(v, code, out, 0.5, add=False)
+    torch.testing.assert_close(out, 0.5 * v.float().T @ code.float())
+
+
+def test_fused_samples_are_independent_and_have_their_probabilities(fused):
+    """Of units side by side and in the two halves of a tile, of rows, and of calls one after another; inputs come down the weights."""
+    rows, units = 20011, 46  # a whole tile and a part of one
+    prob = torch.linspace(0.05, 0.95, units)
+    products = PRECISIONS["bfloat16"]()
+    products.load(torch.zeros(units, 2), fused)
+    calls = [torch.empty(rows, units).bfloat16() for _ in range(2)]
+    for seed, state in zip(torch.randint(2**62, (2,)).tolist(), calls):  # as wide as what the numbers are made of
+        total = torch.empty(units)
+        fused.sample_product(
+            torch.ones(rows, 2).bfloat16(), products.down_packed, torch.logit(prob), seed, state, None, total
+        )
+        assert torch.equal(total, state.float().sum(0))
+    standard_error = (prob * (1 - prob) / rows).sqrt()
+    assert ((calls[0].float().mean(0) - prob).abs() < 4.5 * standard_error).all()
+    centred = [(state.float() - prob) / (prob * (1 - prob)).sqrt() for state in calls]
+    for a, b in ((centred[0], centred[0]), (centred[0], centred[1]), (centred[0][:-1], centred[0][1:])):
+        correlation = a.T @ b / len(a)
+        if a is b:
+            correlation -= torch.diag(correlation.diagonal())
+        assert correlation.abs().max() < 5 / rows**0.5
+
+
+def test_fused_products_refuse_wrong_shapes(fused):
+    products = PRECISIONS["bfloat16"]()
+    products.load(torch.zeros(6, 4), fused)
+    x, bias, code = torch.zeros(3, 6).bfloat16(), torch.zeros(4), torch.zeros(3, 4).bfloat16()
+    with pytest.raises(RuntimeError, match="must be asked for"):
+        fused.sample_product(x, products.up_packed, bias, 0, None, None, bias)
+    with pytest.raises(RuntimeError, match="packed for another size"):
+        fused.sample_product(x, products.up_packed, torch.zeros(40), 0, code, None, bias)
+    with pytest.raises(RuntimeError, match="a row for each of x"):
+        fused.sample_product(x, products.up_packed, bias, 0, code[:2], None, bias)
+    with pytest.raises(RuntimeError, match="even sizes"):
+        fused.pack_weights(torch.zeros(5, 4), *3 * [torch.zeros(5, 4)])
+    with pytest.raises(RuntimeError, match=r"out \(V, H\)"):
+        fused.outer_product(x, code, 1.0, x, code, torch.zeros(4, 6))
+    odd = PRECISIONS["bfloat16"]()
+    odd.load(torch.zeros(5, 4), fused)
+    assert not odd.fused
 
 
 @needs_compiler

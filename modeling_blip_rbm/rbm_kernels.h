@@ -1,0 +1,108 @@
+// What rbm_kernels.cpp and rbm_products.cpp share: random numbers, and units sampled from their inputs.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+constexpr float UNIT = 0x1p-16f;    // random numbers are 16 bits
+constexpr int64_t GRAIN = 1 << 15;  // units that are worth another thread
+
+// 32 random bits for a counter: the finalizer "lowbias32" of C. Wellons' hash-prospector, with a second key between its rounds.
+inline uint32_t random_bits(uint32_t counter, uint32_t key) {
+  counter ^= counter >> 16;
+  counter *= 0x7feb352du;
+  counter ^= key;
+  counter ^= counter >> 15;
+  counter *= 0x846ca68bu;
+  return counter ^ (counter >> 16);
+}
+
+// 1 / (1 + exp(-x)) to 6e-5 of itself, a quarter of what 16 random bits can tell: 2^t by its whole part, as the bits of a float's
+// exponent, and a polynomial in the rest.
+inline float sigmoid(float x) {
+  float t = x * -1.44269504f;
+  t = t < -30.0f ? -30.0f : t;
+  t = t > 30.0f ? 30.0f : t;
+  const float whole = std::rint(t), rest = t - whole;
+  float power = 0.99999994f + rest * (0.6931469f + rest * (0.24022661f + rest * (0.05550327f + rest * 0.0096181f)));
+  int32_t bits;
+  std::memcpy(&bits, &power, sizeof bits);
+  bits += static_cast<int32_t>(whole) << 23;
+  std::memcpy(&power, &bits, sizeof bits);
+  return 1.0f / (1.0f + power);
+}
+
+template <typename S>
+inline S whole_part(float x) {
+  return static_cast<S>(static_cast<float>(static_cast<int32_t>(x)));
+}
+template <>
+inline int8_t whole_part(float x) {
+  return static_cast<int8_t>(static_cast<int32_t>(x));
+}
+
+// What the outer product takes for a probability: itself, or 127 of it rounded at random, so that its mean is kept.
+template <typename S>
+inline S encoded(float prob, float u) {
+  return std::is_same_v<S, int8_t> ? whole_part<S>(127.0f * prob + u) : static_cast<S>(prob);
+}
+
+template <typename A, typename S, bool STATE, bool CODE>
+inline void sample_unit(A a, float bias, float scale, float u, S* state, S* code, float* sum) {
+  const float prob = sigmoid(bias + scale * static_cast<float>(a));
+  if (STATE) *state = whole_part<S>(prob + u);
+  if (CODE) *code = encoded<S>(prob, u);
+  *sum += static_cast<float>(CODE ? *code : *state);
+}
+
+// Two units share 32 random bits: number j of a row's first half and number j of its second.
+template <typename A, typename S, bool STATE, bool CODE>
+void sample_row(int64_t n, const A* a, const float* bias, const float* scale, uint32_t counter, uint32_t key, S* state, S* code,
+                float* sum) {
+  const auto unit = [&](int64_t j, uint32_t bits) {
+    const float u = UNIT * static_cast<float>(static_cast<int32_t>(bits));
+    sample_unit<A, S, STATE, CODE>(a[j], bias[j], scale[j], u, state + j, code + j, sum + j);
+  };
+  const int64_t half = n / 2;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < half; ++j) {
+    const uint32_t bits = random_bits(counter + static_cast<uint32_t>(j), key);
+    unit(j, bits >> 16);
+    unit(j + half, bits & 0xffff);
+  }
+  if (n % 2) unit(n - 1, random_bits(counter + static_cast<uint32_t>(half), key) >> 16);
+}
+
+// Floats to bfloat16, the nearest. (ATen's conversions mind NaN, which does not occur here.)
+inline void narrow(int64_t n, const float* from, uint16_t* to) {
+  const auto* bits = reinterpret_cast<const uint32_t*>(from);
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) to[j] = static_cast<uint16_t>((bits[j] + 0x8000u) >> 16);
+}
+
+// f(rows [begin, end), a row of `n` floats of this thread's own) for all rows; `merge` is then called with every thread's.
+template <typename F, typename M>
+void for_rows(int64_t rows, int64_t n, const F& f, const M& merge, int64_t grain = 0) {
+  std::vector<std::vector<float>> own(at::get_num_threads());
+  at::parallel_for(0, rows, grain ? grain : std::max<int64_t>(1, GRAIN / n), [&](int64_t begin, int64_t end) {
+    auto& mine = own[at::get_thread_num()];
+    if (mine.empty()) mine.resize(n);
+    f(begin, end, mine.data());
+  });
+  for (const auto& row : own) {
+    if (!row.empty()) merge(row.data());
+  }
+}
+
+}  // namespace
