@@ -90,7 +90,7 @@ class FloatProducts(Products):
         self.dtype = self.product_dtype = dtype
 
     def load(self, U: torch.Tensor, kernels=None):
-        self.kernels, self.fused = kernels, self.dtype == torch.bfloat16 and has_fused_products(kernels, U)
+        self.fused = self.dtype == torch.bfloat16 and has_fused_products(kernels, U)
         if self.fused:
             visible, hidden = U.shape
             self.up_packed = self._packed("up", visible, hidden, TILE_COLUMNS)
@@ -104,7 +104,7 @@ class FloatProducts(Products):
 
     def _packed(self, name: str, n: int, m: int, width: int) -> torch.Tensor:
         """Memory for a matrix (n, m) as the fused products read it."""
-        return self.memory.get_tensor(name, torch.Size([self.kernels.packed_size(n, m, width)]), torch.int32)
+        return self.memory.get_tensor(name, torch.Size([compiled_kernels().packed_size(n, m, width)]), torch.int32)
 
     def encode(self, q: torch.Tensor, u: torch.Tensor, out: torch.Tensor):
         """out (n, H), in `dtype`: what `outer` takes for the probabilities q. u: as from `uniform`."""
@@ -114,7 +114,7 @@ class FloatProducts(Products):
         if self.fused and not add:
             n, visible, hidden = len(v), *out.shape
             packed = self._packed("v", n, visible, TILE_ROWS), self._packed("code", n, hidden, TILE_COLUMNS)
-            self.kernels.outer_product(v, code, weight, *packed, out)
+            compiled_kernels().outer_product(v, code, weight, *packed, out)
         elif self.dtype == torch.float32:
             torch.addmm(out, v.T, code, beta=float(add), alpha=weight, out=out)
         else:
@@ -222,7 +222,6 @@ def compiled_kernels():
     sources = [Path(__file__).with_name(name) for name in ("rbm_kernels.cpp", "rbm_products.cpp")]
     # -ffast-math lets the compiler make vectors of rounding; nothing here is NaN or infinite on purpose
     flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp"]
-    flags += ["-fno-strict-aliasing"]  # the bits of floats are read as integers
     # compiled code is kept in the home directory, which processors of several kinds may share
     name = f"blip_rbm_kernels_{torch.backends.cpu.get_cpu_capability().lower()}"
     try:
@@ -371,7 +370,8 @@ class FastContrastiveDivergence:
         products.load(p.U, self.kernels)
         # the data's rows above the chains', so that one product makes both halves of the gradient
         states, codes, h = tensor("states", n + m, visible), tensor("codes", n + m, hidden), tensor("h", m, hidden)
-        mean_v = self._take(v, rows, states[:n]).div_(n)
+        # a product with a float: division by a whole number makes a tensor of it first
+        mean_v = self._take(v, rows, states[:n]).mul_(1 / n)
         sum_q = self.sample_hidden(states[:n], p.c, h if chains is None else None, codes[:n])
         codes[:n].neg_()
         if chains is not None and chains is not h:
@@ -385,8 +385,8 @@ class FastContrastiveDivergence:
         else:
             products.outer(states[:n], codes[:n], dU, 1 / n, add=False)
             products.outer(states[n:], codes[n:], dU, 1 / m, add=True)
-        mean_q = sum_q / n
-        return RBMParameters(c=sum_q_model / m - mean_q, U=dU, b=sum_v / m - mean_v), h, mean_q
+        mean_q = sum_q.mul_(1 / n)
+        return RBMParameters(c=sum_q_model.mul_(1 / m).sub_(mean_q), U=dU, b=sum_v.mul_(1 / m).sub_(mean_v)), h, mean_q
 
     def centred(self, p: RBMParameters, gradient: RBMParameters, mean_v: torch.Tensor, mean_h: torch.Tensor):
         """`rbm.centred_gradient` of what `gradient` gave, in its place."""

@@ -14,9 +14,11 @@ template <bool STATE, bool CODE>
 void sample_row_bf16(int64_t n, const uint16_t* a, const float* bias, const float* scale, uint32_t counter, uint32_t key,
                      uint16_t* state, uint16_t* code, float* own) {
   auto *sum = own, *wide = own + n, *wide_state = own + 2 * n;
-  auto* bits = reinterpret_cast<uint32_t*>(wide);
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) bits[j] = static_cast<uint32_t>(a[j]) << 16;
+  for (int64_t j = 0; j < n; ++j) {
+    const uint32_t bits = static_cast<uint32_t>(a[j]) << 16;
+    std::memcpy(wide + j, &bits, sizeof bits);
+  }
   sample_row<float, float, STATE, CODE>(n, wide, bias, scale, counter, key, wide_state, wide, sum);
   if (STATE) narrow(n, wide_state, state);
   if (CODE) narrow(n, wide, code);

@@ -86,9 +86,12 @@ void sample_row(int64_t n, const A* a, const float* bias, const float* scale, ui
 
 // Floats to bfloat16, the nearest. (ATen's conversions mind NaN, which does not occur here.)
 inline void narrow(int64_t n, const float* from, uint16_t* to) {
-  const auto* bits = reinterpret_cast<const uint32_t*>(from);
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) to[j] = static_cast<uint16_t>((bits[j] + 0x8000u) >> 16);
+  for (int64_t j = 0; j < n; ++j) {
+    uint32_t bits;
+    std::memcpy(&bits, from + j, sizeof bits);
+    to[j] = static_cast<uint16_t>((bits + 0x8000u) >> 16);
+  }
 }
 
 // f(rows [begin, end), a row of `n` floats of this thread's own) for all rows; `merge` is then called with every thread's.

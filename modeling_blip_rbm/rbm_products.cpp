@@ -4,12 +4,15 @@
 
 #include "rbm_kernels.h"
 
+#include <atomic>
+
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 
 namespace {
 
 constexpr int64_t ROWS = 14, LANES = 16, WIDE = 2 * LANES;  // a tile: 28 registers of sums, of 32
+constexpr int64_t TOGETHER = 8;  // tiles of an outer product that are a piece of work
 
 // out (R, WIDE) = sum over k of pairs a[r * row + k * step] times the pairs b[k * WIDE ...].
 template <int R>
@@ -40,6 +43,17 @@ inline void multiply(int64_t rows, int64_t pairs, const uint32_t* a, int64_t row
     if (rows < R) return multiply<R - 1>(rows, pairs, a, row, step, b, out);
   }
   multiply_tile<R>(pairs, a, row, step, b, out);
+}
+
+// f(number, a row of `n` floats of this thread's own) for all numbers, each for whichever thread is free, as other programs may slow one of
+// them; `merge` is then called with every thread's.
+template <typename F, typename M>
+void share_out(int64_t numbers, int64_t n, const F& f, const M& merge) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t, float* own) {
+    for (int64_t number; (number = next++) < numbers;) f(number, own);
+  };
+  for_rows(std::min<int64_t>(at::get_num_threads(), numbers), n, work, merge, 1);
 }
 
 int64_t panels(int64_t n, int64_t width) { return (n + width - 1) / width; }
@@ -75,14 +89,17 @@ void pack_pairs_of_rows(const uint16_t* x, int64_t n, int64_t m, uint32_t* out) 
   });
 }
 
-// X (n, m) transposed, columns 2k and 2k + 1 side by side as pairs, in panels of WIDE rows: out[panel][k][row].
-void pack_pairs_of_columns(const uint32_t* x, int64_t n, int64_t pairs, uint32_t* out) {
+// X (n, 2 pairs) transposed, columns 2k and 2k + 1 side by side as pairs, in panels of WIDE rows: out[panel][k][row].
+void pack_pairs_of_columns(const uint16_t* x, int64_t n, int64_t pairs, uint32_t* out) {
   const int64_t size = panel_size(pairs, WIDE);
   at::parallel_for(0, panels(n, WIDE), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
+      const int64_t rows = std::min(WIDE, n - p * WIDE);
+      const auto* from = x + p * WIDE * 2 * pairs;
       for (int64_t k = 0; k < pairs; ++k) {
         auto* to = out + p * size + k * WIDE;
-        for (int64_t i = 0; i < WIDE; ++i) to[i] = p * WIDE + i < n ? x[(p * WIDE + i) * pairs + k] : 0;
+        for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i, from + 2 * (i * pairs + k), sizeof *to);
+        std::fill(to + rows, to + WIDE, 0);
       }
     }
   });
@@ -118,22 +135,20 @@ void sample_product_typed(const at::Tensor& x, const at::Tensor& packed, const a
   std::copy_n(bias.const_data_ptr<float>(), units, biases.data());
   auto* total = sum.mutable_data_ptr<float>();
   std::fill_n(total, units, 0.0f);
-  const auto tiles = [&](int64_t begin, int64_t end, float* own) {
+  const auto row_of_tiles = [&](int64_t t, float* own) {
     alignas(64) float sums[ROWS * WIDE];
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = t * ROWS, rows = std::min(ROWS, n - first);
-      for (int64_t p = 0; p < across; ++p) {
-        multiply(rows, pairs, a + first * pairs, pairs, 1, b + p * size, sums);
-        const int64_t at = first * units + p * WIDE, columns = std::min(WIDE, units - p * WIDE);
-        const auto start = counter + static_cast<uint32_t>((first * across + p) * LANES);
-        sample_tile<STATE, CODE>(rows, columns, sums, biases.data() + p * WIDE, ones.data(), start, across * LANES, key, state + at, code + at,
-                                 units, own + p * WIDE);
-      }
+    const int64_t first = t * ROWS, rows = std::min(ROWS, n - first);
+    for (int64_t p = 0; p < across; ++p) {
+      multiply(rows, pairs, a + first * pairs, pairs, 1, b + p * size, sums);
+      const int64_t at = first * units + p * WIDE, columns = std::min(WIDE, units - p * WIDE);
+      const auto start = counter + static_cast<uint32_t>((first * across + p) * LANES);
+      sample_tile<STATE, CODE>(rows, columns, sums, biases.data() + p * WIDE, ones.data(), start, across * LANES, key, state + at, code + at,
+                               units, own + p * WIDE);
     }
   };
-  for_rows(panels(n, ROWS), units, tiles, [&](const float* own) {
+  share_out(panels(n, ROWS), units, row_of_tiles, [&](const float* own) {
     for (int64_t j = 0; j < units; ++j) total[j] += own[j];
-  }, 1);
+  });
 }
 
 // Units with inputs bias + x B: x (n, K) and B packed by `pack_weights`. State and code (n, units) as in `sample` of rbm_kernels.cpp.
@@ -162,7 +177,7 @@ void pack_weights(const at::Tensor& U, const at::Tensor& rounded, const at::Tens
   auto* to = bits_out(rounded);
   at::parallel_for(0, visible, 32, [&](int64_t begin, int64_t end) { narrow((end - begin) * hidden, from + begin * hidden, to + begin * hidden); });
   pack_pairs_of_rows<WIDE>(to, visible, hidden, words(up));
-  pack_pairs_of_columns(reinterpret_cast<const uint32_t*>(to), visible, hidden / 2, words(down));
+  pack_pairs_of_columns(to, visible, hidden / 2, words(down));
 }
 
 // Numbers of 32 bits that (n, m) packed takes: pairs of rows, in panels of `width` columns.
@@ -181,23 +196,20 @@ void outer_product(const at::Tensor& states, const at::Tensor& codes, double wei
   auto* to = out.mutable_data_ptr<float>();
   const int64_t across = panels(hidden, WIDE), along = panels(visible, ROWS);
   const auto by = static_cast<float>(weight);
-  at::parallel_for(0, across, 1, [&](int64_t begin, int64_t end) {
+  const int64_t parts = panels(along, TOGETHER);
+  const auto tiles = [&](int64_t number, float*) {
     alignas(64) float sums[ROWS * WIDE];
-    for (int64_t p = begin; p < end; ++p) {
-      for (int64_t t = 0; t < along; ++t) {
-        const int64_t rows = std::min(ROWS, visible - t * ROWS), columns = std::min(WIDE, hidden - p * WIDE);
-        for (int64_t r = 0; r < rows; ++r) {  // what is written in the end is fetched meanwhile
-          __builtin_prefetch(to + (t * ROWS + r) * hidden + p * WIDE, 1);
-          __builtin_prefetch(to + (t * ROWS + r) * hidden + p * WIDE + LANES, 1);
-        }
-        multiply(rows, pairs, a + t * panel_size(pairs, ROWS), 1, ROWS, b + p * panel_size(pairs, WIDE), sums);
-        for (int64_t r = 0; r < rows; ++r) {
-          auto* row = to + (t * ROWS + r) * hidden + p * WIDE;
-          for (int64_t j = 0; j < columns; ++j) row[j] = by * sums[r * WIDE + j];
-        }
+    const int64_t p = number / parts, first = number % parts * TOGETHER, columns = std::min(WIDE, hidden - p * WIDE);
+    for (int64_t t = first; t < std::min(first + TOGETHER, along); ++t) {
+      const int64_t rows = std::min(ROWS, visible - t * ROWS);
+      auto* corner = to + t * ROWS * hidden + p * WIDE;
+      multiply(rows, pairs, a + t * panel_size(pairs, ROWS), 1, ROWS, b + p * panel_size(pairs, WIDE), sums);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t j = 0; j < columns; ++j) corner[r * hidden + j] = by * sums[r * WIDE + j];
       }
     }
-  });
+  };
+  share_out(parts * across, 1, tiles, [](const float*) {});
 }
 
 }  // namespace
