@@ -13,6 +13,7 @@ in one pass; it is compiled (seconds, kept by PyTorch for the next time) if aske
 with it, has bfloat16's products for processors with AVX512_BF16, and samples while their sums are still in registers.
 """
 
+import hashlib
 import os
 import shutil
 import time
@@ -75,9 +76,22 @@ class Products:
             out.copy_(product).mul_(weight)  # torch.mul(product, weight, out=out) would make a copy first
 
 
+@lru_cache
+def packed_size(n: int, m: int, width: int) -> int:
+    """Numbers of 32 bits that a matrix (n, m) takes as the fused products read it."""
+    return compiled_kernels().packed_size(n, m, width)
+
+
+def processor_capabilities() -> dict:
+    """Instructions of this processor by name; {} if this PyTorch does not say."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def has_fused_products(kernels, U: torch.Tensor) -> bool:
-    """Whether `rbm_products.cpp` is compiled, has code for this processor, and for these sizes: it takes units in pairs."""
-    return kernels is not None and hasattr(kernels, "sample_product") and U.shape[0] % 2 == U.shape[1] % 2 == 0
+    """Whether `rbm_products.cpp` is compiled, has code for this processor, and for these sizes: it takes units in pairs. PyTorch's own
+    products are several times faster where there are matrix units (AMX)."""
+    compiled = kernels is not None and hasattr(kernels, "sample_product")
+    return compiled and not processor_capabilities().get("amx_bf16") and U.shape[0] % 2 == U.shape[1] % 2 == 0
 
 
 class FloatProducts(Products):
@@ -104,7 +118,7 @@ class FloatProducts(Products):
 
     def _packed(self, name: str, n: int, m: int, width: int) -> torch.Tensor:
         """Memory for a matrix (n, m) as the fused products read it."""
-        return self.memory.get_tensor(name, torch.Size([compiled_kernels().packed_size(n, m, width)]), torch.int32)
+        return self.memory.get_tensor(name, torch.Size([packed_size(n, m, width)]), torch.int32)
 
     def encode(self, q: torch.Tensor, u: torch.Tensor, out: torch.Tensor):
         """out (n, H), in `dtype`: what `outer` takes for the probabilities q. u: as from `uniform`."""
@@ -223,7 +237,9 @@ def compiled_kernels():
     # -ffast-math lets the compiler make vectors of rounding; nothing here is NaN or infinite on purpose
     flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp"]
     # compiled code is kept in the home directory, which processors of several kinds may share
-    name = f"blip_rbm_kernels_{torch.backends.cpu.get_cpu_capability().lower()}"
+    instructions = " ".join(sorted(name for name, value in processor_capabilities().items() if value is True))
+    kind = hashlib.sha256(instructions.encode()).hexdigest()[:8]
+    name = f"blip_rbm_kernels_{torch.backends.cpu.get_cpu_capability().lower()}_{kind}"
     try:
         load(name, [str(source) for source in sources], extra_cflags=flags, is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:

@@ -1,6 +1,7 @@
 """The fast products against the reference in rbm.py."""
 
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -183,6 +184,9 @@ def test_fused_products_refuse_wrong_shapes(fused):
         fused.outer_product(x, code, 1.0, x, code, torch.zeros(4, 6))
     odd = PRECISIONS["bfloat16"]()
     odd.load(torch.zeros(5, 4), fused)
+    assert not odd.fused
+    with mock.patch("torch.cpu.get_capabilities", lambda: {"amx_bf16": True}, create=True):
+        odd.load(torch.zeros(6, 4), fused)
     assert not odd.fused
 
 
