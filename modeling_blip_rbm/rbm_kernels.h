@@ -96,9 +96,9 @@ inline void narrow(int64_t n, const float* from, uint16_t* to) {
 
 // f(rows [begin, end), a row of `n` floats of this thread's own) for all rows; `merge` is then called with every thread's.
 template <typename F, typename M>
-void for_rows(int64_t rows, int64_t n, const F& f, const M& merge, int64_t grain = 0) {
+void for_rows(int64_t rows, int64_t n, const F& f, const M& merge) {
   std::vector<std::vector<float>> own(at::get_num_threads());
-  at::parallel_for(0, rows, grain ? grain : std::max<int64_t>(1, GRAIN / n), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / n), [&](int64_t begin, int64_t end) {
     auto& mine = own[at::get_thread_num()];
     if (mine.empty()) mine.resize(n);
     f(begin, end, mine.data());

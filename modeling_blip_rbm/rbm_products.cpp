@@ -45,15 +45,14 @@ inline void multiply(int64_t rows, int64_t pairs, const uint32_t* a, int64_t row
   multiply_tile<R>(pairs, a, row, step, b, out);
 }
 
-// f(number, a row of `n` floats of this thread's own) for all numbers, each for whichever thread is free, as other programs may slow one of
-// them; `merge` is then called with every thread's.
-template <typename F, typename M>
-void share_out(int64_t numbers, int64_t n, const F& f, const M& merge) {
+// f(number) for all numbers, each in whichever thread is free, as other programs may slow one of them. So what f sums must not depend on
+// the thread.
+template <typename F>
+void share_out(int64_t numbers, const F& f) {
   std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t, int64_t, float* own) {
-    for (int64_t number; (number = next++) < numbers;) f(number, own);
-  };
-  for_rows(std::min<int64_t>(at::get_num_threads(), numbers), n, work, merge, 1);
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), numbers), 1, [&](int64_t, int64_t) {
+    for (int64_t number; (number = next++) < numbers;) f(number);
+  });
 }
 
 int64_t panels(int64_t n, int64_t width) { return (n + width - 1) / width; }
@@ -133,9 +132,8 @@ void sample_product_typed(const at::Tensor& x, const at::Tensor& packed, const a
   const int64_t across = panels(units, WIDE);
   std::vector<float> biases(across * WIDE), ones(WIDE, 1.0f);
   std::copy_n(bias.const_data_ptr<float>(), units, biases.data());
-  auto* total = sum.mutable_data_ptr<float>();
-  std::fill_n(total, units, 0.0f);
-  const auto row_of_tiles = [&](int64_t t, float* own) {
+  std::vector<float> parts(panels(n, ROWS) * units);  // sums, added in one order whoever found them
+  const auto row_of_tiles = [&](int64_t t) {
     alignas(64) float sums[ROWS * WIDE];
     const int64_t first = t * ROWS, rows = std::min(ROWS, n - first);
     for (int64_t p = 0; p < across; ++p) {
@@ -143,12 +141,15 @@ void sample_product_typed(const at::Tensor& x, const at::Tensor& packed, const a
       const int64_t at = first * units + p * WIDE, columns = std::min(WIDE, units - p * WIDE);
       const auto start = counter + static_cast<uint32_t>((first * across + p) * LANES);
       sample_tile<STATE, CODE>(rows, columns, sums, biases.data() + p * WIDE, ones.data(), start, across * LANES, key, state + at, code + at,
-                               units, own + p * WIDE);
+                               units, parts.data() + t * units + p * WIDE);
     }
   };
-  share_out(panels(n, ROWS), units, row_of_tiles, [&](const float* own) {
-    for (int64_t j = 0; j < units; ++j) total[j] += own[j];
-  });
+  share_out(panels(n, ROWS), row_of_tiles);
+  auto* total = sum.mutable_data_ptr<float>();
+  std::fill_n(total, units, 0.0f);
+  for (size_t i = 0; i < parts.size(); i += units) {
+    for (int64_t j = 0; j < units; ++j) total[j] += parts[i + j];
+  }
 }
 
 // Units with inputs bias + x B: x (n, K) and B packed by `pack_weights`. State and code (n, units) as in `sample` of rbm_kernels.cpp.
@@ -197,7 +198,7 @@ void outer_product(const at::Tensor& states, const at::Tensor& codes, double wei
   const int64_t across = panels(hidden, WIDE), along = panels(visible, ROWS);
   const auto by = static_cast<float>(weight);
   const int64_t parts = panels(along, TOGETHER);
-  const auto tiles = [&](int64_t number, float*) {
+  const auto tiles = [&](int64_t number) {
     alignas(64) float sums[ROWS * WIDE];
     const int64_t p = number / parts, first = number % parts * TOGETHER, columns = std::min(WIDE, hidden - p * WIDE);
     for (int64_t t = first; t < std::min(first + TOGETHER, along); ++t) {
@@ -209,7 +210,7 @@ void outer_product(const at::Tensor& states, const at::Tensor& codes, double wei
       }
     }
   };
-  share_out(parts * across, 1, tiles, [](const float*) {});
+  share_out(parts * across, tiles);
 }
 
 }  // namespace

@@ -168,6 +168,19 @@ def test_fused_samples_are_independent_and_have_their_probabilities(fused):
         assert correlation.abs().max() < 5 / rows**0.5
 
 
+def test_fused_products_do_not_depend_on_who_computed_them(fused):
+    """Pieces of work go to whichever thread is free; sums in fp32 depend on their order."""
+    p, v = machine(0.4, visible=106, hidden=62), (torch.rand(1009, 106) < 0.3).bfloat16()
+    products = PRECISIONS["bfloat16"]()
+    products.load(p.U, fused)
+    code, found = torch.empty(1009, 62).bfloat16(), []
+    for _ in range(20):
+        total = torch.empty(62)
+        fused.sample_product(v, products.up_packed, p.c, 2**40, None, code, total)
+        found.append(total)
+    assert all(torch.equal(total, found[0]) for total in found)
+
+
 def test_fused_products_refuse_wrong_shapes(fused):
     products = PRECISIONS["bfloat16"]()
     products.load(torch.zeros(6, 4), fused)

@@ -1,7 +1,7 @@
 """Retrieval in two steps, as BLIP retrieves: similarities of embeddings first, then the best few again with the decoder.
 
     python -m training.rerank_retrieval --runs runs/align-probe runs/align-sail runs/align-rbm \
-        --captioners checkpoints/blip-rbm-small runs/dino-captioner/best --dataset flickr8k --output benchmarks/results/retrieval.json
+        --captioners checkpoints/blip-rbm-small runs/second-captioner/best --dataset flickr8k --output benchmarks/results/retrieval.json
 
 The similarity is the mean of what the runs of `training.align` give, standardised. Two things are added to it:
 
