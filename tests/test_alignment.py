@@ -230,6 +230,11 @@ def test_likelihoods_are_of_the_pairs_asked_for(pairs, saved_model, tmp_path):
         expected, _ = model.score_captions(encoding, ids[caption][None])
         torch.testing.assert_close(found[image, caption], expected[0], atol=1e-3, rtol=1e-4)
 
+    with mock.patch.object(model, "score_captions", side_effect=AssertionError("asked again")):
+        torch.testing.assert_close(likelihoods.of_pairs(store, gallery.rows, ids, asked, ""), found, equal_nan=True)
+        with pytest.raises(AssertionError, match="asked again"):  # of a pair that is new
+            likelihoods.of_pairs(store, gallery.rows, ids, torch.ones_like(asked), "")
+
     # a second captioner, asked of one pair less, says 2 nats more
     again = asked.clone()
     again[tuple(asked.nonzero()[0])] = False

@@ -416,7 +416,9 @@ def blocks() -> dict[str, str]:
         "seeds": seeds_table([benchmark(f"captions_seed_{seed}.json") for seed in range(3)]),
         "ablation": ablation_table(results),
         "diversity": diversity_table(benchmark("diversity.json")),
-        "speed": generate_table(benchmark("generate.json"), benchmark("generate_embedded.json")) + "\n\n" + folder_line(benchmark("folder.json")),
+        "speed": generate_table(benchmark("generate.json"), benchmark("generate_embedded.json"))
+        + "\n\n"
+        + folder_line(benchmark("folder.json")),
         "int8": int8_line(results, benchmark("captions_int8.json")),
         "confidence": confidence_table(read("confidence.json")),
         "alignment": alignment_table(benchmark("alignment.json")),

@@ -10,18 +10,23 @@ The similarity is the mean of what the runs of `training.align` give, standardis
   other queries of the evaluated split nothing is used but the mean and the spread by which similarities are standardised.
 - **likelihood**: where BLIP looks at the best candidates again with its matching head, here captioners say log P(caption | image), less
   what they say of the caption for the training images most like it, so that every word is compared with the regions of the image. The
-  first captioner is asked of the best 24, say, and the next of those that are then the best 12.
+  first captioner is asked of the best 32, say, and the next of those that are then the best 24.
 
-Their weights are chosen on training images that were held back from both, and applied to the split.
+Their weights are chosen on training images that were held back from both, and applied to the split. Several processes (`accelerate launch`)
+share the images; likelihoods are kept beside the features and not asked for again.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -31,8 +36,9 @@ from training.align import embed, sum_of_recalls
 from training.arguments import bf16_is_fast
 from training.checkpoints import write_json
 from training.data import split_held_back
+from training.distributed import new_accelerator
 from training.evaluate_alignment import runs_of, trained_aligner
-from training.features import cache_features
+from training.features import cache_features, tower_fingerprint
 from training.pairs import load_pairs
 from training.report import retrieval_table
 from training.retrieval import recalls, without_hubs
@@ -128,6 +134,7 @@ class Likelihoods:
         self.model = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=dtype).eval()
         self.processor = BlipRBMProcessor.from_pretrained(captioner)
         self.cache_dir, self.batch_size = cache_dir, batch_size
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def features(self, dataset):
         return cache_features(self.tower, self.processor.image_processor, dataset, self.cache_dir, dtype="auto")
@@ -140,14 +147,16 @@ class Likelihoods:
     @torch.no_grad()
     def of_pairs(self, store, rows, token_ids: list[torch.Tensor], chosen: torch.Tensor, desc: str) -> torch.Tensor:
         """(n, m) of the pairs of image, one of these rows of the store, and caption that are chosen (n, m), NaN elsewhere."""
-        result = torch.full(chosen.shape, float("nan"))
+        file = self.file(store, rows, token_ids)
+        known = torch.from_numpy(np.load(file)) if file.exists() else torch.full(chosen.shape, float("nan"))
+        missing = chosen & known.isnan()
+        result = torch.zeros(chosen.shape)
         pad = self.model.config.text_config.pad_token_id
         lengths = torch.tensor([len(ids) for ids in token_ids])
-        with packed_linears(self.model), tqdm(total=int(chosen.sum()), desc=desc) as bar:
-            for image, mask in enumerate(chosen):
-                captions = mask.nonzero().flatten()
-                if not len(captions):
-                    continue
+        images = missing.any(1).nonzero().flatten()[self.rank :: self.processes]
+        with packed_linears(self.model), tqdm(total=int(missing[images].sum()), desc=desc) as bar:
+            for image in images.tolist():
+                captions = missing[image].nonzero().flatten()
                 captions = captions[lengths[captions].argsort()]  # rows of like length together
                 states = store.batch([rows[image]]).to(self.model.dtype)
                 encoding = self.model.encode_image(vision_hidden_states=states, rbm=False)
@@ -155,7 +164,23 @@ class Likelihoods:
                     ids = pad_sequence([token_ids[caption] for caption in some], batch_first=True, padding_value=pad)
                     result[image, some] = self.model.score_captions(encoding, ids)[0].float()
                 bar.update(len(captions))
-        return result
+        if self.processes > 1:
+            dist.all_reduce(result)
+        known = torch.where(missing, result, known)
+        if self.rank == 0:
+            temporary = file.with_suffix(".tmp.npy")
+            np.save(temporary, known.numpy())
+            os.replace(temporary, file)
+        if self.processes > 1:
+            dist.barrier()  # all find the same likelihoods there
+        return torch.where(chosen, known, float("nan"))
+
+    def file(self, store, rows, token_ids: list[torch.Tensor]) -> Path:
+        """Where the likelihoods of these images and captions are kept: its name is a hash of all that they depend on."""
+        digest = hashlib.sha256(tower_fingerprint(self.model).encode())
+        digest.update(f"{self.model.dtype} {store.folder.name} {np.asarray(rows).tolist()}".encode())
+        digest.update(torch.cat(token_ids).numpy().tobytes())
+        return Path(self.cache_dir) / f"likelihood-{digest.hexdigest()[:16]}.npy"
 
 
 def add_gain(gallery: Gallery, likelihoods: Likelihoods, bank: tuple, candidates: int, of_bank: int):
@@ -197,7 +222,7 @@ def main():
         "--candidates",
         type=int,
         nargs="+",
-        default=[24, 12],
+        default=[32, 24],
         help="of each image and caption, how many each captioner looks at",
     )
     parser.add_argument("--bank", type=int, help="at most so many training images tell which captions are hubs")
@@ -215,11 +240,17 @@ def main():
         parser.error(
             f"--candidates {args.candidates}: a number for each of {len(args.captioners)} captioners is needed, none above the one before"
         )
+    accelerator = new_accelerator(args.seed)
+    with accelerator.main_process_first():  # encodes what is not encoded yet
+        for _, _, _, _, load in runs_of(args):
+            load(args.train_split), load(args.split)
     held, split, bank_rows = galleries(args)
     start = time.time()
     for captioner, candidates in zip(args.captioners, args.candidates):
         likelihoods = Likelihoods(captioner, args.cache_dir)
-        bank = likelihoods.features(held.dataset), bank_rows[: args.likelihood_bank]
+        with accelerator.main_process_first():
+            bank = likelihoods.features(held.dataset), bank_rows[: args.likelihood_bank]
+            likelihoods.features(split.dataset)
         for gallery in (held, split):
             add_gain(gallery, likelihoods, bank, candidates, args.bank_candidates)
     minutes = (time.time() - start) / 60
@@ -228,9 +259,12 @@ def main():
     results["minutes_of_likelihoods"] = minutes
     for name, gallery in (("held_back", held), ("runs", split)):
         results[name] = {way: recalls(gallery.score(**settings), gallery.owner) for way, settings in ways.items()}
-    print(json.dumps(ways))
-    print(retrieval_table(results))
-    write_json(args.output, results)
+    if accelerator.is_main_process:
+        print(json.dumps(ways))
+        print(retrieval_table(results))
+        write_json(args.output, results)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
