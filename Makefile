@@ -172,7 +172,6 @@ bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cos
 
 bench-generate: .venv/installed  ## speed of generate beside transformers' own BLIP, time of captioning a folder (needs a quiet machine)
 	$(RUN) -m benchmarks.generate --models blip_base --batches 4 1 --output benchmarks/results/generate.json
-	$(RUN) -m benchmarks.generate --models embedded --batches 16 4 1 --output benchmarks/results/generate_embedded.json
 	$(RUN) -m benchmarks.folder --dataset $(DATASET) --output benchmarks/results/folder.json
 	$(RUN) -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset $(DATASET) --int8 true \
 		--output benchmarks/results/captions_int8.json

@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoModelForZeroShotImageClassification, Bit
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMForImageTextRetrieval, BlipRBMProcessor
 from modeling_blip_rbm.rbm import RBMParameters, pairwise_mutual_information, pointwise_mutual_information
-from tests.conftest import WORD_IDS
-from tests.stages import in_process
+from tests.conftest import REPO, WORD_IDS
+from tests.stages import in_process, succeed
 from training import capfilt, rerank_retrieval
 from training.align import AlignedTokens, load_image_layer
 from training.capfilt import shuffled
@@ -189,27 +189,26 @@ def test_hubs_are_taken_off():
 
 
 def test_a_second_look_with_the_captioner(aligned, pairs, saved_model):
+    """One process, and two that share the images: the same results, and the same likelihoods kept."""
     work, _ = aligned
-    command = ["--runs", "probe", "rbm", "--captioners", saved_model, saved_model, "--dataset", pairs]
-    command += [
-        "--cache_dir",
-        work / "features",
-        "--candidates",
-        3,
-        2,
-        "--likelihood_bank",
-        6,
-        "--bank_candidates",
-        2,
-        "--output",
-        "again.json",
-    ]
-    out = in_process("rerank_retrieval", *command, cwd=work)
-    results = json.loads((work / "again.json").read_text())
+    common = ["--runs", "probe", "rbm", "--captioners", saved_model, saved_model, "--dataset", pairs]
+    common += ["--candidates", 3, 2, "--likelihood_bank", 6, "--bank_candidates", 2]
+    one = [*common, "--cache_dir", "one", "--output", "one.json"]
+    out = in_process("rerank_retrieval", *one, cwd=work)
+    results = json.loads((work / "one.json").read_text())
     assert set(results["held_back"]) == set(results["runs"]) == set(results["ways"]) and len(results["ways"]) == 4
     assert "| hubs and likelihood |" in out and results["captions"] == 24
     together, *others = [sum(v for k, v in entry.items() if "_r" in k) for entry in results["held_back"].values()]
     assert np.isfinite([together, *others]).all()
+
+    two = [*common, "--cache_dir", "two", "--output", "two.json"]
+    succeed("rerank_retrieval", *two, cwd=work, launcher=("--config_file", REPO / "training/accelerate/multi-cpu.yaml"))
+    for way, entry in json.loads((work / "two.json").read_text())["runs"].items():
+        assert entry == pytest.approx(results["runs"][way])
+    files = sorted((work / "one").glob("likelihood-*.npy"))
+    assert len(files) == 4  # candidates and bank, of the held-back images and of the split
+    for file in files:
+        np.testing.assert_allclose(np.load(work / "two" / file.name), np.load(file), atol=1e-3)
 
 
 @torch.no_grad()

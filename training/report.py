@@ -6,7 +6,6 @@ the embedded model's copies of the card and of the package's code.
 """
 
 import argparse
-import itertools
 import json
 import re
 import sys
@@ -85,11 +84,11 @@ def diversity_table(diversity: dict) -> str:
     )
 
 
-def generate_table(*runs: dict) -> str:
+def generate_table(speed: dict) -> str:
     """A row for each model, precision, number of images and of beams; contenders side by side."""
-    settings, names = runs[0]["settings"], {"blip_base": "BLIP-base's shape, 384 px", "embedded": "embedded model"}
+    settings, names = speed["settings"], {"blip_base": "BLIP-base's shape, 384 px", "embedded": "embedded model"}
     cells = {}
-    for row in itertools.chain.from_iterable(run["rows"] for run in runs):
+    for row in speed["rows"]:
         cell = cells.setdefault((names[row["model"]], row["dtype"], row["batch"], row["beams"]), {})
         cell[row["contender"].removeprefix("BLIP-RBM, ")] = row
     contenders = list(dict.fromkeys(name for cell in cells.values() for name in list(cell)[1:]))
@@ -416,9 +415,7 @@ def blocks() -> dict[str, str]:
         "seeds": seeds_table([benchmark(f"captions_seed_{seed}.json") for seed in range(3)]),
         "ablation": ablation_table(results),
         "diversity": diversity_table(benchmark("diversity.json")),
-        "speed": generate_table(benchmark("generate.json"), benchmark("generate_embedded.json"))
-        + "\n\n"
-        + folder_line(benchmark("folder.json")),
+        "speed": generate_table(benchmark("generate.json")) + "\n\n" + folder_line(benchmark("folder.json")),
         "int8": int8_line(results, benchmark("captions_int8.json")),
         "confidence": confidence_table(read("confidence.json")),
         "alignment": alignment_table(benchmark("alignment.json")),

@@ -150,6 +150,10 @@ class Likelihoods:
         file = self.file(store, rows, token_ids)
         known = torch.from_numpy(np.load(file)) if file.exists() else torch.full(chosen.shape, float("nan"))
         missing = chosen & known.isnan()
+        if self.processes > 1:  # whose similarities may differ in the last bit
+            marks = missing.byte()
+            dist.broadcast(marks, 0)
+            missing = marks.bool()
         result = torch.zeros(chosen.shape)
         pad = self.model.config.text_config.pad_token_id
         lengths = torch.tensor([len(ids) for ids in token_ids])
@@ -173,7 +177,7 @@ class Likelihoods:
             os.replace(temporary, file)
         if self.processes > 1:
             dist.barrier()  # all find the same likelihoods there
-        return torch.where(chosen, known, float("nan"))
+        return torch.where(chosen | missing, known, float("nan"))
 
     def file(self, store, rows, token_ids: list[torch.Tensor]) -> Path:
         """Where the likelihoods of these images and captions are kept: its name is a hash of all that they depend on."""
