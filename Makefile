@@ -53,6 +53,7 @@ align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, 
 	$(RUN) -m training.build_captioner --decoder checkpoints/blip-rbm-small --vision $(SECOND)@10 --output_dir runs/second-start
 	$(RUN) -m training.train_captioner training/recipes/captioner-cross-attention.yaml --model runs/second-start \
 		--dataset $(DATASET) --output_dir runs/second-captioner
+	cp runs/second-captioner/captioner.json benchmarks/results/captioner_second.json
 	OMP_NUM_THREADS=1 .venv/bin/accelerate launch --config_file training/accelerate/multi-cpu.yaml -m training.rerank_retrieval \
 		--runs runs/align-probe runs/align-sail runs/align-rbm runs/align-rbm-all runs/align-rbm-dino --captioners checkpoints/blip-rbm-small runs/second-captioner/best \
 		--dataset $(DATASET) --output benchmarks/results/retrieval.json
