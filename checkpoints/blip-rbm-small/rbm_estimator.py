@@ -296,7 +296,7 @@ class RBM(TransformerMixin, BaseEstimator):
                     left = 1 - (epoch * batches + number) / (self.n_iter * batches)
                     for group, rate in zip(self._optimizer.param_groups, rates):
                         group["lr"] = rate * left
-                activity += self._update(rows, batch) / batches
+                activity.add_(self._update(rows, batch), alpha=1 / batches)
             seconds = time.perf_counter() - start
             if not all(torch.isfinite(tensor).all() for tensor in self.model_.parameters()):
                 self.model_.load_state_dict(good)

@@ -9,9 +9,11 @@ A step of CD-1 or PCD-1 is five products of V*H multiply-adds a sample: 10 V H F
 `fastest_precision` measures what a processor is good at; `tests/test_rbm_fast.py` holds each against `rbm.py`, the reference.
 
 With fast products, sampling is half of the time: each of its half a dozen operations goes over memory once. `rbm_kernels.cpp` does them
-in one pass; it is compiled (seconds, kept by PyTorch for the next time) if asked for, as it takes a C++ compiler.
+in one pass; it is compiled (seconds, kept by PyTorch for the next time) if asked for, as it takes a C++ compiler. `rbm_products.cpp`, compiled
+with it, has bfloat16's products for processors with AVX512_BF16, and samples while their sums are still in registers.
 """
 
+import hashlib
 import os
 import shutil
 import time
@@ -26,6 +28,7 @@ from .rbm import RBMParameters, centred_gradient
 
 
 UNIT = 2.0**-16  # random numbers are 16 bits
+TILE_ROWS, TILE_COLUMNS = 14, 32  # of rbm_products.cpp
 BLOCK = 256  # rows that are sampled at a time: their fp32 values stay in the processor's cache
 
 
@@ -41,9 +44,13 @@ class Workspace(dict):
 
 class Products:
     """The products of a step. A precision says its `dtype` (of states and weights), `product_dtype`, `multiply`, and `one`, how a
-    probability of 1 is encoded."""
+    probability of 1 is encoded.
 
-    one = 1
+    Attributes:
+        fused: whether `sample_product` of the compiled kernels takes the place of `up` and `down`.
+    """
+
+    one, fused = 1, False
 
     def __init__(self):
         self.memory = Workspace()
@@ -69,6 +76,24 @@ class Products:
             out.copy_(product).mul_(weight)  # torch.mul(product, weight, out=out) would make a copy first
 
 
+@lru_cache
+def packed_size(n: int, m: int, width: int) -> int:
+    """Numbers of 32 bits that a matrix (n, m) takes as the fused products read it."""
+    return compiled_kernels().packed_size(n, m, width)
+
+
+def processor_capabilities() -> dict:
+    """Instructions of this processor by name; {} if this PyTorch does not say."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def has_fused_products(kernels, U: torch.Tensor) -> bool:
+    """Whether `rbm_products.cpp` is compiled, has code for this processor, and for these sizes: it takes units in pairs. PyTorch's own
+    products are several times faster where there are matrix units (AMX)."""
+    compiled = kernels is not None and hasattr(kernels, "sample_product")
+    return compiled and not processor_capabilities().get("amx_bf16") and U.shape[0] % 2 == U.shape[1] % 2 == 0
+
+
 class FloatProducts(Products):
     """The products in `dtype`, accumulated in fp32 by the processor's library."""
 
@@ -79,16 +104,32 @@ class FloatProducts(Products):
         self.dtype = self.product_dtype = dtype
 
     def load(self, U: torch.Tensor, kernels=None):
+        self.fused = self.dtype == torch.bfloat16 and has_fused_products(kernels, U)
+        if self.fused:
+            visible, hidden = U.shape
+            self.up_packed = self._packed("up", visible, hidden, TILE_COLUMNS)
+            self.down_packed = self._packed("down", hidden, visible, TILE_COLUMNS)
+            rounded = self.memory.get_tensor("U", U.shape, self.dtype)
+            kernels.pack_weights(U, rounded, self.up_packed, self.down_packed)
+            return
         same = self.dtype == U.dtype
         self.up_weight = self.down_weight = U if same else self.memory.get_tensor("U", U.shape, self.dtype).copy_(U)
         self.down_scale, self.up_scale = (self.memory.get_tensor(name, (n,)).fill_(1) for name, n in zip("VH", U.shape))
+
+    def _packed(self, name: str, n: int, m: int, width: int) -> torch.Tensor:
+        """Memory for a matrix (n, m) as the fused products read it."""
+        return self.memory.get_tensor(name, torch.Size([packed_size(n, m, width)]), torch.int32)
 
     def encode(self, q: torch.Tensor, u: torch.Tensor, out: torch.Tensor):
         """out (n, H), in `dtype`: what `outer` takes for the probabilities q. u: as from `uniform`."""
         out.copy_(q)
 
     def outer(self, v, code, out, weight, add):
-        if self.dtype == torch.float32:
+        if self.fused and not add:
+            n, visible, hidden = len(v), *out.shape
+            packed = self._packed("v", n, visible, TILE_ROWS), self._packed("code", n, hidden, TILE_COLUMNS)
+            compiled_kernels().outer_product(v, code, weight, *packed, out)
+        elif self.dtype == torch.float32:
             torch.addmm(out, v.T, code, beta=float(add), alpha=weight, out=out)
         else:
             super().outer(v, code, out, weight, add)
@@ -178,7 +219,7 @@ def fastest_precision(batch: int, visible: int, hidden: int) -> str:
 
 @lru_cache
 def compiled_kernels():
-    """The functions of `rbm_kernels.cpp`, compiled for this processor at the first call on a machine.
+    """The functions of `rbm_kernels.cpp` and `rbm_products.cpp`, compiled for this processor at the first call on a machine.
 
     Raises:
         RuntimeError: where they cannot be compiled.
@@ -192,16 +233,18 @@ def compiled_kernels():
             pass
         else:
             os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
-    source = Path(__file__).with_name("rbm_kernels.cpp")
+    sources = [Path(__file__).with_name(name) for name in ("rbm_kernels.cpp", "rbm_products.cpp")]
     # -ffast-math lets the compiler make vectors of rounding; nothing here is NaN or infinite on purpose
     flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp"]
     # compiled code is kept in the home directory, which processors of several kinds may share
-    name = f"blip_rbm_kernels_{torch.backends.cpu.get_cpu_capability().lower()}"
+    instructions = " ".join(sorted(name for name, value in processor_capabilities().items() if value is True))
+    kind = hashlib.sha256(instructions.encode()).hexdigest()[:8]
+    name = f"blip_rbm_kernels_{torch.backends.cpu.get_cpu_capability().lower()}_{kind}"
     try:
-        load(name, [str(source)], extra_cflags=flags, is_python_module=False)
+        load(name, [str(source) for source in sources], extra_cflags=flags, is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:
         raise RuntimeError(
-            f"compiled=True, but {source.name} could not be compiled (it takes a C++ compiler, and ninja: pip install ninja); "
+            f"compiled=True, but {sources[0].name} could not be compiled (it takes a C++ compiler, and ninja: pip install ninja); "
             f"use compiled=False. The compiler said: {error}"
         ) from error
     return torch.ops.blip_rbm
@@ -271,6 +314,12 @@ class FastContrastiveDivergence:
             self.products.encode(prob, u, code)
         return self.products.sum(state if code is None else code)
 
+    def _sample_product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, state, code) -> torch.Tensor:
+        """`sample_units` of the inputs bias + x B, which are never written."""
+        total = torch.empty_like(bias)
+        self.kernels.sample_product(x, packed, bias, int(self.bits.random_raw()) >> 1, state, code, total)
+        return total
+
     def _blocks(self, rows: int) -> list[slice]:
         step = rows if self.kernels is not None else BLOCK  # what is done in one pass over memory needs no blocks
         return [slice(start, start + step) for start in range(0, rows, step)]
@@ -281,6 +330,8 @@ class FastContrastiveDivergence:
         Returns:
             (H,) the sum of the probabilities over the samples.
         """
+        if self.products.fused:
+            return self._sample_product(v, self.products.up_packed, c, h, code)
         total = 0
         for rows in self._blocks(len(v)):
             a = self.products.up(v[rows])
@@ -293,6 +344,8 @@ class FastContrastiveDivergence:
         Returns:
             (V,) their sum.
         """
+        if self.products.fused:
+            return self._sample_product(h, self.products.down_packed, b, v, None)
         total = 0
         for rows in self._blocks(len(h)):
             total += self.sample_units(self.products.down(h[rows]), b, self.products.down_scale, v[rows], None)
@@ -333,7 +386,8 @@ class FastContrastiveDivergence:
         products.load(p.U, self.kernels)
         # the data's rows above the chains', so that one product makes both halves of the gradient
         states, codes, h = tensor("states", n + m, visible), tensor("codes", n + m, hidden), tensor("h", m, hidden)
-        mean_v = self._take(v, rows, states[:n]).div_(n)
+        # a product with a float: division by a whole number makes a tensor of it first
+        mean_v = self._take(v, rows, states[:n]).mul_(1 / n)
         sum_q = self.sample_hidden(states[:n], p.c, h if chains is None else None, codes[:n])
         codes[:n].neg_()
         if chains is not None and chains is not h:
@@ -347,8 +401,8 @@ class FastContrastiveDivergence:
         else:
             products.outer(states[:n], codes[:n], dU, 1 / n, add=False)
             products.outer(states[n:], codes[n:], dU, 1 / m, add=True)
-        mean_q = sum_q / n
-        return RBMParameters(c=sum_q_model / m - mean_q, U=dU, b=sum_v / m - mean_v), h, mean_q
+        mean_q = sum_q.mul_(1 / n)
+        return RBMParameters(c=sum_q_model.mul_(1 / m).sub_(mean_q), U=dU, b=sum_v.mul_(1 / m).sub_(mean_v)), h, mean_q
 
     def centred(self, p: RBMParameters, gradient: RBMParameters, mean_v: torch.Tensor, mean_h: torch.Tensor):
         """`rbm.centred_gradient` of what `gradient` gave, in its place."""
