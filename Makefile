@@ -11,6 +11,7 @@ TEXT ?= ../shared/weights/all-minilm-l6-v2
 SECOND ?= ../shared/weights/dinov2-small
 STUDY ?= $(SECOND)@4,6,8,10,12 checkpoints/blip-rbm-small
 RUN = .venv/bin/python
+ALIGN = .venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.align
 
 .DEFAULT_GOAL := help
 .PHONY: help align aligned-captioner capfilt noise diversity reranker seeds scale demo test test-slow test-min check report train tutorial evaluate bench bench-generate bench-contrastive clean
@@ -39,7 +40,6 @@ test: .venv/installed  ## the tests (no network, nothing outside the repo)
 test-slow: .venv/installed  ## the checks that take minutes
 	$(RUN) -m pytest -q -m slow
 
-ALIGN = .venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.align
 align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, trained and compared; retrieval in two steps (1.5 hours)
 	for kind in probe sail sail-sigmoid rbm; do \
 		$(ALIGN) training/recipes/align-$$kind.yaml --vision $(VISION) checkpoints/blip-rbm-small --text $(TEXT) --dataset $(DATASET) \
@@ -55,7 +55,8 @@ align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, 
 		--dataset $(DATASET) --output_dir runs/second-captioner
 	cp runs/second-captioner/captioner.json benchmarks/results/captioner_second.json
 	OMP_NUM_THREADS=1 .venv/bin/accelerate launch --config_file training/accelerate/multi-cpu.yaml -m training.rerank_retrieval \
-		--runs runs/align-probe runs/align-sail runs/align-rbm runs/align-rbm-all runs/align-rbm-dino --captioners checkpoints/blip-rbm-small runs/second-captioner/best \
+		--runs runs/align-probe runs/align-sail runs/align-rbm runs/align-rbm-all runs/align-rbm-dino \
+		--captioners checkpoints/blip-rbm-small runs/second-captioner/best \
 		--dataset $(DATASET) --output benchmarks/results/retrieval.json
 	$(RUN) -m training.evaluate_alignment --study --vision $(VISION) $(STUDY) --text $(TEXT) --dataset $(DATASET) \
 		--max_images 2000 \
@@ -73,8 +74,7 @@ noise: .venv/installed  ## captioners on noisy pairs, on what CapFilt keeps of t
 	$(RUN) -m benchmarks.noise --vision $(VISION) --dataset $(DATASET) --output benchmarks/results/noise.json
 
 aligned-captioner: .venv/installed  ## a captioner's way from image to words on raw and on aligned tokens, equal steps, on DATASET
-	$(ALIGN) training/recipes/align-sail.yaml \
-		--vision $(VISION) --text $(TEXT) --dataset $(DATASET) --output_dir runs/align-sail-raw
+	$(ALIGN) training/recipes/align-sail.yaml --vision $(VISION) --text $(TEXT) --dataset $(DATASET) --output_dir runs/align-sail-raw
 	$(RUN) -m training.build_captioner --decoder checkpoints/blip-rbm-small --vision $(VISION) --output_dir runs/raw-start
 	$(RUN) -m training.build_captioner --decoder checkpoints/blip-rbm-small --vision $(VISION) --aligned runs/align-sail-raw \
 		--output_dir runs/aligned-start

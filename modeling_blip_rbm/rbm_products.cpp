@@ -60,6 +60,12 @@ int64_t panels(int64_t n, int64_t width) { return (n + width - 1) / width; }
 // Memory from one panel to the next: an odd number of cache lines, so that panels do not share the same few places of the cache.
 int64_t panel_size(int64_t pairs, int64_t width) { return (pairs * width + LANES - 1) / LANES / 2 * 2 * LANES + 3 * LANES; }
 
+// Numbers of 32 bits that (n, m) takes, packed: pairs of rows, in panels as wide as a tile is high (the left factor) or wide.
+int64_t packed_size(int64_t n, int64_t m, bool left) {
+  const int64_t width = left ? ROWS : WIDE;
+  return panels(m, width) * panel_size((n + 1) / 2, width);
+}
+
 // Up to 16 numbers of one row and of the next, side by side.
 inline void pair_up(int64_t count, const uint16_t* low, const uint16_t* high, uint32_t* out) {
   const auto some = static_cast<__mmask16>((1u << count) - 1);
@@ -77,9 +83,8 @@ void pack_pairs_of_rows(const uint16_t* x, int64_t n, int64_t m, uint32_t* out) 
     const std::vector<uint16_t> zeros(m);
     for (int64_t k = begin; k < end; ++k) {
       const auto *low = x + 2 * k * m, *high = 2 * k + 1 < n ? low + m : zeros.data();
-      int64_t j = 0;
       auto* to = out + k * WIDTH;
-      for (; j < m; j += WIDTH, to += size) {
+      for (int64_t j = 0; j < m; j += WIDTH, to += size) {
         const int64_t count = std::min(WIDTH, m - j);
         for (int64_t i = 0; i < count; i += LANES) pair_up(std::min(LANES, count - i), low + j + i, high + j + i, to + i);
         std::fill(to + count, to + WIDTH, 0);
@@ -157,7 +162,7 @@ void sample_product(const at::Tensor& x, const at::Tensor& packed, const at::Ten
                     const std::optional<at::Tensor>& state, const std::optional<at::Tensor>& code, const at::Tensor& sum) {
   TORCH_CHECK(state || code, "a state or a code must be asked for");
   TORCH_CHECK(x.is_contiguous() && x.size(1) % 2 == 0 && bias.is_contiguous() && sum.is_contiguous(), "contiguous tensors are needed, of an even width");
-  TORCH_CHECK(packed.numel() == panels(bias.numel(), WIDE) * panel_size(x.size(1) / 2, WIDE), "weights packed for another size");
+  TORCH_CHECK(packed.numel() == packed_size(x.size(1), bias.numel(), false), "weights packed for another size");
   for (const auto* out : {&state, &code}) {
     TORCH_CHECK(!*out || ((*out)->is_contiguous() && (*out)->size(0) == x.size(0) && (*out)->size(1) == bias.numel()),
                 "states and codes: contiguous, a row for each of x, as wide as bias");
@@ -172,8 +177,8 @@ void sample_product(const at::Tensor& x, const at::Tensor& packed, const at::Ten
 void pack_weights(const at::Tensor& U, const at::Tensor& rounded, const at::Tensor& up, const at::Tensor& down) {
   const int64_t visible = U.size(0), hidden = U.size(1);
   TORCH_CHECK(visible % 2 == 0 && hidden % 2 == 0 && U.is_contiguous() && rounded.is_contiguous(), "even sizes and contiguous weights are needed");
-  TORCH_CHECK(up.numel() == panels(hidden, WIDE) * panel_size(visible / 2, WIDE), "up: of another size");
-  TORCH_CHECK(down.numel() == panels(visible, WIDE) * panel_size(hidden / 2, WIDE), "down: of another size");
+  TORCH_CHECK(up.numel() == packed_size(visible, hidden, false), "up: of another size");
+  TORCH_CHECK(down.numel() == packed_size(hidden, visible, false), "down: of another size");
   const auto* from = U.const_data_ptr<float>();
   auto* to = bits_out(rounded);
   at::parallel_for(0, visible, 32, [&](int64_t begin, int64_t end) { narrow((end - begin) * hidden, from + begin * hidden, to + begin * hidden); });
@@ -181,16 +186,13 @@ void pack_weights(const at::Tensor& U, const at::Tensor& rounded, const at::Tens
   pack_pairs_of_columns(to, visible, hidden / 2, words(down));
 }
 
-// Numbers of 32 bits that (n, m) packed takes: pairs of rows, in panels of `width` columns.
-int64_t packed_size(int64_t n, int64_t m, int64_t width) { return panels(m, width) * panel_size((n + 1) / 2, width); }
-
 // out (V, H) fp32 = weight * states' codes, of states (n, V) and codes (n, H); packed_states and packed_codes are memory to work in.
 void outer_product(const at::Tensor& states, const at::Tensor& codes, double weight, const at::Tensor& packed_states,
                    const at::Tensor& packed_codes, const at::Tensor& out) {
   const int64_t n = states.size(0), visible = states.size(1), hidden = codes.size(1), pairs = (n + 1) / 2;
   TORCH_CHECK(codes.size(0) == n && out.size(0) == visible && out.size(1) == hidden, "states (n, V), codes (n, H), out (V, H)");
   TORCH_CHECK(states.is_contiguous() && codes.is_contiguous() && out.is_contiguous(), "contiguous tensors are needed");
-  TORCH_CHECK(packed_states.numel() == packed_size(n, visible, ROWS) && packed_codes.numel() == packed_size(n, hidden, WIDE), "packed: of another size");
+  TORCH_CHECK(packed_states.numel() == packed_size(n, visible, true) && packed_codes.numel() == packed_size(n, hidden, false), "packed: of another size");
   pack_pairs_of_rows<ROWS>(bits(states), n, visible, words(packed_states));
   pack_pairs_of_rows<WIDE>(bits(codes), n, hidden, words(packed_codes));
   const auto *a = words(packed_states), *b = words(packed_codes);
@@ -217,7 +219,7 @@ void outer_product(const at::Tensor& states, const at::Tensor& codes, double wei
 
 TORCH_LIBRARY_FRAGMENT(blip_rbm, library) {
   library.def("pack_weights(Tensor U, Tensor rounded, Tensor up, Tensor down) -> ()");
-  library.def("packed_size(int n, int m, int width) -> int", packed_size);
+  library.def("packed_size(int n, int m, bool left) -> int", packed_size);
   library.def("sample_product(Tensor x, Tensor packed, Tensor bias, int seed, Tensor? state, Tensor? code, Tensor sum) -> ()");
   library.def("outer_product(Tensor states, Tensor codes, float weight, Tensor packed_states, Tensor packed_codes, Tensor out) -> ()");
 }

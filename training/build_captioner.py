@@ -12,15 +12,15 @@ are expected to have gone through an alignment layer: what SAIL's last claim is 
 
 import argparse
 
-import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
 from training.align import load_image_layer
 from training.checkpoints import save_captioner
-from training.encoders import load_image_processor
+from training.encoders import load_image_processor, states_of_blank
 
 
 def build_tokenizer(text: str):
@@ -45,11 +45,9 @@ def load_tower(vision: str):
     return tower, load_image_processor(name)
 
 
-@torch.no_grad()
 def shape_of_tokens(tower, image_processor) -> dict[str, int]:
-    """Number and width of the tokens of an image, for the config: the processor's size need not be the one that the tower was trained on."""
-    blank = image_processor(np.zeros((32, 32, 3), np.uint8), return_tensors="pt")["pixel_values"]
-    tokens = vision_tokens(tower.eval()(blank))
+    """Number and width of the tokens of an image, for the config."""
+    tokens = vision_tokens(BaseModelOutput(states_of_blank(tower.eval(), image_processor)))
     return {"num_image_tokens": tokens.shape[1], "vision_hidden_size": tokens.shape[2]}
 
 

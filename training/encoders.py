@@ -5,7 +5,6 @@ gives its vision tower.
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
+from training.checkpoints import write_array
 from training.features import cache_features, tower_fingerprint
 
 
@@ -26,6 +26,14 @@ def load_image_processor(name: str):
     if getattr(processor, "do_center_crop", False):
         processor.size, processor.do_center_crop = dict(processor.crop_size), False
     return processor
+
+
+@torch.no_grad()
+def states_of_blank(tower, image_processor):
+    """What a tower says of an image without content, (1, N, C) or a feature map: for its shape, as the processor's size need not be the
+    one that the tower was trained on."""
+    image = np.zeros((32, 32, 3), np.uint8)
+    return tower(image_processor(image, return_tensors="pt")["pixel_values"]).last_hidden_state
 
 
 class LayersOfTower(torch.nn.Module):
@@ -64,14 +72,10 @@ class VisionEncoder:
         if wanted:
             self.tower = LayersOfTower(self.tower, wanted)
         self.tower.eval().requires_grad_(False)
-        self.pooling, width = self._shape()
+        states = states_of_blank(self.tower, self.image_processor)
+        self.pooling = "mean" if states.dim() == 4 else "cls_mean"
+        width = vision_tokens(BaseModelOutput(states)).shape[-1]
         self.parts = self._parts(wanted, width)
-
-    @torch.no_grad()
-    def _shape(self) -> tuple[str, int]:
-        image = np.zeros((32, 32, 3), np.uint8)
-        states = self.tower(self.image_processor(image, return_tensors="pt")["pixel_values"]).last_hidden_state
-        return ("mean" if states.dim() == 4 else "cls_mean"), vision_tokens(BaseModelOutput(states)).shape[-1]
 
     def _parts(self, layers: list[int], width: int) -> dict[str, np.ndarray]:
         copies = 2 if self.pooling == "cls_mean" else 1  # [CLS of all layers ; mean of all layers]
@@ -104,7 +108,6 @@ class TextEncoder:
         digest.update("\0".join(captions).encode())
         file = Path(cache_dir) / f"text-{digest.hexdigest()[:16]}.npy"
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
             order = np.argsort([len(caption) for caption in captions], kind="stable")  # like lengths together: few pads
             embeddings = np.empty((len(captions), self.model.config.hidden_size), np.float16)
             for start in tqdm(range(0, len(captions), batch_size), desc=f"encode {len(captions)} captions"):
@@ -113,7 +116,5 @@ class TextEncoder:
                 states = self.model(**batch).last_hidden_state
                 mask = batch["attention_mask"][..., None]
                 embeddings[rows] = ((states * mask).sum(1) / mask.sum(1)).half().numpy()
-            temporary = file.with_suffix(".tmp.npy")
-            np.save(temporary, embeddings)
-            os.replace(temporary, file)
+            write_array(file, embeddings)
         return np.load(file, mmap_mode="r")

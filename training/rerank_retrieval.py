@@ -20,13 +20,13 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast, reduce
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -34,7 +34,7 @@ from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.linear_blip_rbm import packed_linears
 from training.align import embed, sum_of_recalls
 from training.arguments import bf16_is_fast
-from training.checkpoints import write_json
+from training.checkpoints import write_array, write_json
 from training.data import split_held_back
 from training.distributed import new_accelerator
 from training.evaluate_alignment import runs_of, trained_aligner
@@ -99,7 +99,7 @@ class Gallery:
 
 
 @torch.no_grad()
-def galleries(args) -> tuple[Gallery, Gallery, np.ndarray]:
+def galleries(args, accelerator) -> tuple[Gallery, Gallery, np.ndarray]:
     """The held-back training images, the images of the split, and the training images of the bank."""
     train = load_pairs(args.dataset, args.train_split)
     of_split = load_pairs(args.dataset, args.split)
@@ -112,11 +112,12 @@ def galleries(args) -> tuple[Gallery, Gallery, np.ndarray]:
             bank_rows = np.random.default_rng(args.seed).permutation(rest)[: args.bank]
         elif settings.held_back != held_back:
             raise ValueError(f"{run} held back {settings.held_back} images, {args.runs[0]} {held_back}: not the same")
-        data, _ = load(args.train_split)
+        with accelerator.main_process_first():  # encodes what is not encoded yet
+            (data, _), (data_of_split, _) = load(args.train_split), load(args.split)
         aligner = trained_aligner(run, settings, data)
         bank = embed(aligner, data, bank_rows)[:2]
         held.add(aligner, data, bank)
-        split.add(aligner, load(args.split)[0], bank)
+        split.add(aligner, data_of_split, bank)
     return held, split, bank_rows
 
 
@@ -134,7 +135,7 @@ class Likelihoods:
         self.model = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=dtype).eval()
         self.processor = BlipRBMProcessor.from_pretrained(captioner)
         self.cache_dir, self.batch_size = cache_dir, batch_size
-        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.processes = PartialState()
 
     def features(self, dataset):
         return cache_features(self.tower, self.processor.image_processor, dataset, self.cache_dir, dtype="auto")
@@ -149,15 +150,12 @@ class Likelihoods:
         """(n, m) of the pairs of image, one of these rows of the store, and caption that are chosen (n, m), NaN elsewhere."""
         file = self.file(store, rows, token_ids)
         known = torch.from_numpy(np.load(file)) if file.exists() else torch.full(chosen.shape, float("nan"))
-        missing = chosen & known.isnan()
-        if self.processes > 1:  # whose similarities may differ in the last bit
-            marks = missing.byte()
-            dist.broadcast(marks, 0)
-            missing = marks.bool()
+        # the first process decides: similarities of others may differ in the last bit
+        missing = broadcast((chosen & known.isnan()).byte()).bool()
         result = torch.zeros(chosen.shape)
         pad = self.model.config.text_config.pad_token_id
         lengths = torch.tensor([len(ids) for ids in token_ids])
-        images = missing.any(1).nonzero().flatten()[self.rank :: self.processes]
+        images = missing.any(1).nonzero().flatten()[self.processes.process_index :: self.processes.num_processes]
         with packed_linears(self.model), tqdm(total=int(missing[images].sum()), desc=desc) as bar:
             for image in images.tolist():
                 captions = missing[image].nonzero().flatten()
@@ -168,15 +166,10 @@ class Likelihoods:
                     ids = pad_sequence([token_ids[caption] for caption in some], batch_first=True, padding_value=pad)
                     result[image, some] = self.model.score_captions(encoding, ids)[0].float()
                 bar.update(len(captions))
-        if self.processes > 1:
-            dist.all_reduce(result)
-        known = torch.where(missing, result, known)
-        if self.rank == 0:
-            temporary = file.with_suffix(".tmp.npy")
-            np.save(temporary, known.numpy())
-            os.replace(temporary, file)
-        if self.processes > 1:
-            dist.barrier()  # all find the same likelihoods there
+        known = torch.where(missing, reduce(result, "sum"), known)
+        if self.processes.is_main_process:
+            write_array(file, known.numpy())
+        self.processes.wait_for_everyone()  # all find the same likelihoods there
         return torch.where(chosen | missing, known, float("nan"))
 
     def file(self, store, rows, token_ids: list[torch.Tensor]) -> Path:
@@ -245,10 +238,7 @@ def main():
             f"--candidates {args.candidates}: a number for each of {len(args.captioners)} captioners is needed, none above the one before"
         )
     accelerator = new_accelerator(args.seed)
-    with accelerator.main_process_first():  # encodes what is not encoded yet
-        for _, _, _, _, load in runs_of(args):
-            load(args.train_split), load(args.split)
-    held, split, bank_rows = galleries(args)
+    held, split, bank_rows = galleries(args, accelerator)
     start = time.time()
     for captioner, candidates in zip(args.captioners, args.candidates):
         likelihoods = Likelihoods(captioner, args.cache_dir)

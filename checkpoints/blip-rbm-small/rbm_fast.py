@@ -28,7 +28,6 @@ from .rbm import RBMParameters, centred_gradient
 
 
 UNIT = 2.0**-16  # random numbers are 16 bits
-TILE_ROWS, TILE_COLUMNS = 14, 32  # of rbm_products.cpp
 BLOCK = 256  # rows that are sampled at a time: their fp32 values stay in the processor's cache
 
 
@@ -77,9 +76,9 @@ class Products:
 
 
 @lru_cache
-def packed_size(n: int, m: int, width: int) -> int:
-    """Numbers of 32 bits that a matrix (n, m) takes as the fused products read it."""
-    return compiled_kernels().packed_size(n, m, width)
+def packed_size(n: int, m: int, left: bool) -> int:
+    """Numbers of 32 bits that a matrix (n, m) takes as the fused products read it; left: its transpose is the left factor."""
+    return compiled_kernels().packed_size(n, m, left)
 
 
 def processor_capabilities() -> dict:
@@ -107,8 +106,8 @@ class FloatProducts(Products):
         self.fused = self.dtype == torch.bfloat16 and has_fused_products(kernels, U)
         if self.fused:
             visible, hidden = U.shape
-            self.up_packed = self._packed("up", visible, hidden, TILE_COLUMNS)
-            self.down_packed = self._packed("down", hidden, visible, TILE_COLUMNS)
+            self.up_packed = self._packed("up", visible, hidden)
+            self.down_packed = self._packed("down", hidden, visible)
             rounded = self.memory.get_tensor("U", U.shape, self.dtype)
             kernels.pack_weights(U, rounded, self.up_packed, self.down_packed)
             return
@@ -116,9 +115,9 @@ class FloatProducts(Products):
         self.up_weight = self.down_weight = U if same else self.memory.get_tensor("U", U.shape, self.dtype).copy_(U)
         self.down_scale, self.up_scale = (self.memory.get_tensor(name, (n,)).fill_(1) for name, n in zip("VH", U.shape))
 
-    def _packed(self, name: str, n: int, m: int, width: int) -> torch.Tensor:
-        """Memory for a matrix (n, m) as the fused products read it."""
-        return self.memory.get_tensor(name, torch.Size([packed_size(n, m, width)]), torch.int32)
+    def _packed(self, name: str, n: int, m: int, left: bool = False) -> torch.Tensor:
+        """Memory of `packed_size`."""
+        return self.memory.get_tensor(name, torch.Size([packed_size(n, m, left)]), torch.int32)
 
     def encode(self, q: torch.Tensor, u: torch.Tensor, out: torch.Tensor):
         """out (n, H), in `dtype`: what `outer` takes for the probabilities q. u: as from `uniform`."""
@@ -127,7 +126,7 @@ class FloatProducts(Products):
     def outer(self, v, code, out, weight, add):
         if self.fused and not add:
             n, visible, hidden = len(v), *out.shape
-            packed = self._packed("v", n, visible, TILE_ROWS), self._packed("code", n, hidden, TILE_COLUMNS)
+            packed = self._packed("v", n, visible, left=True), self._packed("code", n, hidden)
             compiled_kernels().outer_product(v, code, weight, *packed, out)
         elif self.dtype == torch.float32:
             torch.addmm(out, v.T, code, beta=float(add), alpha=weight, out=out)
@@ -244,7 +243,7 @@ def compiled_kernels():
         load(name, [str(source) for source in sources], extra_cflags=flags, is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:
         raise RuntimeError(
-            f"compiled=True, but {sources[0].name} could not be compiled (it takes a C++ compiler, and ninja: pip install ninja); "
+            f"compiled=True, but rbm_kernels.cpp could not be compiled (it takes a C++ compiler, and ninja: pip install ninja); "
             f"use compiled=False. The compiler said: {error}"
         ) from error
     return torch.ops.blip_rbm
