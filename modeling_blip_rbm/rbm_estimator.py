@@ -184,6 +184,9 @@ class RBM(TransformerMixin, BaseEstimator):
         self._mean = X.mean(0) if binary else torch.zeros(width)
         self._mean_h = torch.full((self.n_components,), 0.5)
         self._chains, self._fast = None, None
+        if self.method == "pcd":
+            h = bernoulli(torch.full((self.batch_size, self.n_components), 0.5), self._generator)
+            self._chains = h if binary else GibbsState(h, x=torch.zeros(self.batch_size, width))
         if binary:
             seed = int(torch.randint(2**62, (), generator=self._generator))
             self._fast = FastContrastiveDivergence(self.precision, seed, self.compiled)
@@ -203,10 +206,6 @@ class RBM(TransformerMixin, BaseEstimator):
 
     def _gradient(self, p: RBMParameters, X: torch.Tensor, batch: Optional[torch.Tensor]):
         """Gradient per sample for these of the checked (Gaussian: standardised) rows, or all, and the mean of q over them."""
-        persistent = self.method == "pcd"
-        if persistent and self._chains is None:
-            h = bernoulli(torch.full((self.batch_size, self.n_components), 0.5), self._generator)
-            self._chains = h if self._fast else GibbsState(h, x=torch.zeros(self.batch_size, X.shape[1]))
         if self._fast is not None:
             gradient, chains, mean_q = self._fast.gradient(p, X, self._chains, self.steps, batch)
         else:
@@ -215,7 +214,7 @@ class RBM(TransformerMixin, BaseEstimator):
                 p, x=rows, steps=self.steps, chains=self._chains, generator=self._generator
             )
             mean_q = prob_h_given_v(p, x=rows).mean(0)
-        if persistent:
+        if self.method == "pcd":
             self._chains = chains
         return gradient, mean_q
 

@@ -165,10 +165,7 @@ void take_rows(const at::Tensor& X, const at::Tensor& index, const at::Tensor& o
   TORCH_CHECK(X.is_contiguous() && out.is_contiguous() && index.is_contiguous() && sum.is_contiguous(), "contiguous tensors are needed");
   TORCH_CHECK(out.scalar_type() == X.scalar_type() && out.size(0) == index.size(0) && out.size(1) == X.size(1),
               "out: as many rows as `index`, as wide as X and of its type");
-  const auto* which = index.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < index.size(0); ++i) {
-    TORCH_CHECK_INDEX(which[i] >= 0 && which[i] < X.size(0), "row ", which[i], " of ", X.size(0));
-  }
+  check_index(index, X.size(0));
   const auto type = X.scalar_type();
   if (type == at::kChar) return take_typed<int8_t>(X, index, out, sum);
   if (type == at::kBFloat16) return take_typed<at::BFloat16>(X, index, out, sum);

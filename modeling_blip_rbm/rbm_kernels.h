@@ -28,9 +28,9 @@ inline uint32_t random_bits(uint32_t counter, uint32_t key) {
   return counter ^ (counter >> 16);
 }
 
-// 1 / (1 + exp(-x)) to 6e-5 of itself, a quarter of what 16 random bits can tell: 2^t by its whole part, as the bits of a float's
-// exponent, and a polynomial in the rest.
-inline float sigmoid(float x) {
+// exp(-x) to 6e-5 of itself, a quarter of what 16 random bits can tell: 2^t by its whole part, as the bits of a float's exponent, and a
+// polynomial in the rest.
+inline float exp_of_negative(float x) {
   float t = x * -1.44269504f;
   t = t < -30.0f ? -30.0f : t;
   t = t > 30.0f ? 30.0f : t;
@@ -40,7 +40,7 @@ inline float sigmoid(float x) {
   std::memcpy(&bits, &power, sizeof bits);
   bits += static_cast<int32_t>(whole) << 23;
   std::memcpy(&power, &bits, sizeof bits);
-  return 1.0f / (1.0f + power);
+  return power;
 }
 
 template <typename S>
@@ -60,9 +60,18 @@ inline S encoded(float prob, float u) {
 
 template <typename A, typename S, bool STATE, bool CODE>
 inline void sample_unit(A a, float bias, float scale, float u, S* state, S* code, float* sum) {
-  const float prob = sigmoid(bias + scale * static_cast<float>(a));
-  if (STATE) *state = whole_part<S>(prob + u);
-  if (CODE) *code = encoded<S>(prob, u);
+  const float inverse = 1.0f + exp_of_negative(bias + scale * static_cast<float>(a));  // of the probability
+  if (!CODE) {
+    // prob + u >= 1 without a division: 1 - UNIT - u is as random as u. By the sign, as compilers take a comparison for a branch
+    const float below = 1.0f - (u + UNIT) * inverse;
+    uint32_t bits;
+    std::memcpy(&bits, &below, sizeof bits);
+    *state = static_cast<S>(1 - static_cast<int32_t>(bits >> 31));
+  } else {
+    const float prob = 1.0f / inverse;
+    if (STATE) *state = whole_part<S>(prob + u);
+    *code = encoded<S>(prob, u);
+  }
   *sum += static_cast<float>(CODE ? *code : *state);
 }
 
@@ -91,6 +100,14 @@ inline void narrow(int64_t n, const float* from, uint16_t* to) {
     uint32_t bits;
     std::memcpy(&bits, from + j, sizeof bits);
     to[j] = static_cast<uint16_t>((bits + 0x8000u) >> 16);
+  }
+}
+
+// Raises for a row number that is none of `rows`.
+inline void check_index(const at::Tensor& index, int64_t rows) {
+  const auto* which = index.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < index.numel(); ++i) {
+    TORCH_CHECK_INDEX(which[i] >= 0 && which[i] < rows, "row ", which[i], " of ", rows);
   }
 }
 

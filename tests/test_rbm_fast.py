@@ -1,7 +1,6 @@
 """The fast products against the reference in rbm.py."""
 
 import shutil
-from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from modeling_blip_rbm.rbm_fast import (
     compiled_kernels,
     fastest_precision,
     matrix_rates,
+    step_in_one_call,
 )
 
 
@@ -31,9 +31,9 @@ def machine(std, seed=3, visible=K, hidden=H):
 
 
 @pytest.fixture
-def fused():
-    """The compiled kernels, where they have products of their own."""
-    if shutil.which("c++") is None or not hasattr(compiled_kernels(), "sample_product"):
+def one_call():
+    """The compiled kernels, where they have a whole step."""
+    if shutil.which("c++") is None or not hasattr(compiled_kernels(), "gradient"):
         pytest.skip("no C++ compiler, or no AVX512_BF16")
     return compiled_kernels()
 
@@ -41,7 +41,7 @@ def fused():
 @pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("visible, hidden", [(K, H), (2 * K, 2 * H)])  # fused products take even sizes
+@pytest.mark.parametrize("visible, hidden", [(K, H), (2 * K, 2 * H)])  # a step in one call takes even sizes
 def test_gradient_is_the_reference_where_nothing_is_left_to_chance(precision, steps, compiled, visible, hidden):
     """With huge weights every unit is certain given the other layer, so both sample the same states."""
     g = torch.Generator().manual_seed(3)
@@ -119,48 +119,40 @@ def test_compiled_samples_are_independent_and_have_their_probabilities():
         assert correlation.abs().max() < 4.5 / rows**0.5
 
 
-@pytest.mark.parametrize("n, visible, hidden", [(1, 2, 2), (14, 62, 34), (41, 74, 46), (29, 106, 64)])
-def test_fused_products(fused, n, visible, hidden):
-    """Whole tiles and what is left over; against products of the same rounded weights."""
-    p, products = machine(0.4, visible=visible, hidden=hidden), PRECISIONS["bfloat16"]()
-    products.load(p.U, fused)
-    assert products.fused
-    v, h = ((torch.rand(n, units) < 0.3).bfloat16() for units in (visible, hidden))
-    state, code, total = torch.empty(n, hidden).bfloat16(), torch.empty(n, hidden).bfloat16(), torch.empty(hidden)
-    fused.sample_product(v, products.up_packed, p.c, 2**40 + 7, state, code, total)
-    U = p.U.bfloat16().float()
-    q = torch.sigmoid(p.c + v.float() @ U)
-    torch.testing.assert_close(code.float(), q, atol=2e-3, rtol=0)
-    torch.testing.assert_close(total, q.sum(0), atol=1e-4, rtol=1e-4)
-    assert ((state == 0) | (state == 1)).all()
-
-    certain = 40.0 * (torch.rand(visible) < 0.5) - 20.0  # what comes down decides for the few that are near it
-    products.load(1e-3 * p.U, fused)
-    down, total = torch.empty(n, visible).bfloat16(), torch.empty(visible)
-    fused.sample_product(h, products.down_packed, certain, 3, down, None, total)
-    assert torch.equal(down.float(), (certain > 0).float().expand(n, -1)) and torch.equal(total, down.float().sum(0))
-
-    out = torch.full((visible, hidden), float("nan"))
-    products.outer(v, code, out, 0.5, add=False)
-    torch.testing.assert_close(out, 0.5 * v.float().T @ code.float())
+@pytest.mark.parametrize("n, m, visible, hidden", [(1, 1, 2, 2), (14, 29, 62, 34), (41, 17, 74, 46), (29, 29, 106, 64)])
+@pytest.mark.parametrize("from_data", [False, True])
+def test_step_in_one_call(one_call, n, m, visible, hidden, from_data):
+    """Whole tiles and what is left over; of states that are certain or that come out, and of the probabilities of rounded weights."""
+    p, v = machine(0.4, visible=visible, hidden=hidden), (torch.rand(n, visible) < 0.3).float()
+    p = p._replace(b=40.0 * (torch.rand(visible) < 0.5) - 20.0)  # certain: what comes down does not matter
+    chains = None if from_data else torch.randint(2, (m, hidden)).float()
+    fast = FastContrastiveDivergence("bfloat16", 0, compiled=True)
+    gradient, h, mean_q = fast.gradient(p, v, chains)
+    assert "states" not in fast.memory and ((h == 0) | (h == 1)).all()
+    U, down = p.U.bfloat16().float(), (p.b > 0).float()
+    q, q_model = torch.sigmoid(p.c + v @ U), torch.sigmoid(p.c + down @ U)
+    torch.testing.assert_close(mean_q, q.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradient.b, down - v.mean(0))
+    torch.testing.assert_close(gradient.c, q_model - q.mean(0), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(gradient.U, down[:, None] * q_model - v.T @ q / n, atol=2e-3, rtol=1e-2)
 
 
-def test_fused_samples_are_independent_and_have_their_probabilities(fused):
-    """Of units side by side and in the two halves of a tile, of rows, and of calls one after another; inputs come down the weights."""
+def test_samples_of_a_step_in_one_call_are_independent_and_have_their_probabilities(one_call):
+    """Of units side by side and in the two halves of a tile, of rows, and of calls one after another."""
     rows, units = 20011, 46  # a whole tile and a part of one
     prob = torch.linspace(0.05, 0.95, units)
-    products = PRECISIONS["bfloat16"]()
-    products.load(torch.zeros(units, 2), fused)
-    calls = [torch.empty(rows, units).bfloat16() for _ in range(2)]
-    for seed, state in zip(torch.randint(2**62, (2,)).tolist(), calls):  # as wide as what the numbers are made of
-        total = torch.empty(units)
-        fused.sample_product(
-            torch.ones(rows, 2).bfloat16(), products.down_packed, torch.logit(prob), seed, state, None, total
-        )
-        assert torch.equal(total, state.float().sum(0))
-    standard_error = (prob * (1 - prob) / rows).sqrt()
-    assert ((calls[0].float().mean(0) - prob).abs() < 4.5 * standard_error).all()
-    centred = [(state.float() - prob) / (prob * (1 - prob)).sqrt() for state in calls]
+    p = RBMParameters(c=torch.logit(prob), U=torch.zeros(units, units), b=torch.logit(prob))
+    fast, chains = FastContrastiveDivergence("bfloat16", 0, compiled=True), torch.zeros(rows, units)
+    calls = []
+    for _ in range(2):
+        gradient, h, _ = fast.gradient(p, torch.zeros(1, units), chains)
+        calls.append(h.float())
+        # of visible units, whose states stay inside: their mean, and the means of their products with the hidden units' probabilities
+        standard_error = (prob * (1 - prob) / rows).sqrt()
+        assert ((gradient.b - prob).abs() < 4.5 * standard_error).all()
+        torch.testing.assert_close(gradient.U, gradient.b[:, None] * prob, atol=2e-3, rtol=1e-2)
+    assert ((calls[0].mean(0) - prob).abs() < 4.5 * standard_error).all()
+    centred = [(state - prob) / (prob * (1 - prob)).sqrt() for state in calls]
     for a, b in ((centred[0], centred[0]), (centred[0], centred[1]), (centred[0][:-1], centred[0][1:])):
         correlation = a.T @ b / len(a)
         if a is b:
@@ -168,39 +160,51 @@ def test_fused_samples_are_independent_and_have_their_probabilities(fused):
         assert correlation.abs().max() < 5 / rows**0.5
 
 
-def test_fused_products_do_not_depend_on_who_computed_them(fused):
+def test_layers_of_a_step_in_one_call_have_random_numbers_of_their_own(one_call):
+    """With every probability a half, the two layers' states would be the same if their random numbers were."""
+    free = RBMParameters(c=torch.zeros(62), U=torch.zeros(62, 62), b=torch.zeros(62))
+    telling = free._replace(U=100.0 * torch.eye(62), c=free.c - 50)  # hidden units say what the visible ones were
+    found = []
+    for p, steps in ((free, 1), (free, 2), (telling, 1)):
+        fast = FastContrastiveDivergence("bfloat16", 0, compiled=True)
+        found.append(fast.gradient(p, torch.zeros(1, 62), torch.zeros(1009, 62), steps)[1])
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (found[a] == found[b]).float().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_step_in_one_call_does_not_depend_on_who_computed_it(one_call):
     """Pieces of work go to whichever thread is free; sums in fp32 depend on their order."""
     p, v = machine(0.4, visible=106, hidden=62), (torch.rand(1009, 106) < 0.3).bfloat16()
-    products = PRECISIONS["bfloat16"]()
-    products.load(p.U, fused)
-    code, found = torch.empty(1009, 62).bfloat16(), []
-    for _ in range(20):
-        total = torch.empty(62)
-        fused.sample_product(v, products.up_packed, p.c, 2**40, None, code, total)
-        found.append(total)
-    assert all(torch.equal(total, found[0]) for total in found)
+    found = [
+        FastContrastiveDivergence("bfloat16", 0, compiled=True).gradient(p, v, torch.zeros(499, 62)) for _ in range(20)
+    ]
+    for gradient, h, mean_q in found:
+        assert torch.equal(h, found[0][1]) and torch.equal(mean_q, found[0][2])
+        for name in ("c", "U", "b"):
+            assert torch.equal(getattr(gradient, name), getattr(found[0][0], name))
 
 
-def test_fused_products_refuse_wrong_shapes(fused):
-    products = PRECISIONS["bfloat16"]()
-    products.load(torch.zeros(6, 4), fused)
-    x, bias, code = torch.zeros(3, 6).bfloat16(), torch.zeros(4), torch.zeros(3, 4).bfloat16()
-    with pytest.raises(RuntimeError, match="must be asked for"):
-        fused.sample_product(x, products.up_packed, bias, 0, None, None, bias)
-    with pytest.raises(RuntimeError, match="packed for another size"):
-        fused.sample_product(x, products.up_packed, torch.zeros(40), 0, code, None, bias)
-    with pytest.raises(RuntimeError, match="a row for each of x"):
-        fused.sample_product(x, products.up_packed, bias, 0, code[:2], None, bias)
-    with pytest.raises(RuntimeError, match="even sizes"):
-        fused.pack_weights(torch.zeros(5, 4), *3 * [torch.zeros(5, 4)])
-    with pytest.raises(RuntimeError, match=r"out \(V, H\)"):
-        fused.outer_product(x, code, 1.0, x, code, torch.zeros(4, 6))
-    odd = PRECISIONS["bfloat16"]()
-    odd.load(torch.zeros(5, 4), fused)
-    assert not odd.fused
-    with mock.patch("torch.cpu.get_capabilities", lambda: {"amx_bf16": True}, create=True):
-        odd.load(torch.zeros(6, 4), fused)
-    assert not odd.fused
+def test_a_step_in_one_call_refuses_wrong_sizes(one_call, monkeypatch):
+    def gradient(visible=6, hidden=4, width=6, rows=None, memory=0, h=3):
+        U, b, c = torch.zeros(visible, hidden), torch.zeros(visible), torch.zeros(hidden)
+        memory = torch.zeros(one_call.memory_size(3, h, visible, hidden) + memory, dtype=torch.int32)
+        v, h = torch.zeros(3, width).bfloat16(), torch.zeros(h, hidden).bfloat16()
+        one_call.gradient(U, b, c, v, rows, h, True, 1, 0, memory, U.clone(), b.clone(), c.clone(), c.clone())
+
+    gradient()
+    with pytest.raises(RuntimeError, match="5 and 4 units; even sizes"):
+        gradient(visible=5, width=5)
+    with pytest.raises(RuntimeError, match=r"v \(n, V\)"):
+        gradient(width=4)
+    with pytest.raises(RuntimeError, match="memory of another size"):
+        gradient(memory=1)
+    with pytest.raises(RuntimeError, match="a row each"):
+        gradient(h=2)
+    with pytest.raises(IndexError, match="row 3 of 3"):
+        gradient(rows=torch.tensor([0, 3, 1]))
+    assert step_in_one_call(one_call, torch.zeros(6, 4)) and not step_in_one_call(one_call, torch.zeros(5, 4))
+    monkeypatch.setattr("modeling_blip_rbm.rbm_fast.processor_capabilities", lambda: {"amx_bf16": True})
+    assert not step_in_one_call(one_call, torch.zeros(6, 4))
 
 
 @needs_compiler
@@ -219,15 +223,16 @@ def test_compiled_rounding_is_that_of_torch(std):
 
 @pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_rows_of_more_data(precision, compiled):
+@pytest.mark.parametrize("visible, hidden", [(K, H), (2 * K, 2 * H)])
+def test_rows_of_more_data(precision, compiled, visible, hidden):
     """A batch is named by its rows; more of them than an 8-bit counter can count."""
-    p, fast = machine(0.4), FastContrastiveDivergence(precision, 0, compiled)
-    data = (torch.rand(1009, K) < 0.9).to(PRECISIONS[precision]().dtype)
-    rows, chains = torch.randint(len(data), (701,)), torch.zeros(B, H)
-    gradient, _, mean_q = fast.gradient(p, data, chains, rows=rows)
+    p = machine(0.4, visible=visible, hidden=hidden)
+    data = (torch.rand(1009, visible) < 0.9).to(PRECISIONS[precision]().dtype)
+    rows, chains = torch.randint(len(data), (701,)), torch.zeros(B, hidden)
+    gradient, _, mean_q = FastContrastiveDivergence(precision, 0, compiled).gradient(p, data, chains, rows=rows)
     batch = data[rows]
-    torch.testing.assert_close(fast.memory["states"][: len(rows)], batch)
     expected, _, expected_q = FastContrastiveDivergence(precision, 0, compiled).gradient(p, batch, chains)
+    torch.testing.assert_close(gradient.U, expected.U)
     torch.testing.assert_close(gradient.b, expected.b)
     torch.testing.assert_close(mean_q, expected_q)
 

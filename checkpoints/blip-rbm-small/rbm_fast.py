@@ -10,7 +10,7 @@ A step of CD-1 or PCD-1 is five products of V*H multiply-adds a sample: 10 V H F
 
 With fast products, sampling is half of the time: each of its half a dozen operations goes over memory once. `rbm_kernels.cpp` does them
 in one pass; it is compiled (seconds, kept by PyTorch for the next time) if asked for, as it takes a C++ compiler. `rbm_products.cpp`, compiled
-with it, has bfloat16's products for processors with AVX512_BF16, and samples while their sums are still in registers.
+with it, does the whole step in bfloat16 on processors with AVX512_BF16, and samples while the sums are still in registers.
 """
 
 import hashlib
@@ -44,12 +44,9 @@ class Workspace(dict):
 class Products:
     """The products of a step. A precision says its `dtype` (of states and weights), `product_dtype`, `multiply`, and `one`, how a
     probability of 1 is encoded.
-
-    Attributes:
-        fused: whether `sample_product` of the compiled kernels takes the place of `up` and `down`.
     """
 
-    one, fused = 1, False
+    one = 1
 
     def __init__(self):
         self.memory = Workspace()
@@ -76,20 +73,21 @@ class Products:
 
 
 @lru_cache
-def packed_size(n: int, m: int, left: bool) -> int:
-    """Numbers of 32 bits that a matrix (n, m) takes as the fused products read it; left: its transpose is the left factor."""
-    return compiled_kernels().packed_size(n, m, left)
+def memory_size(n: int, m: int, visible: int, hidden: int) -> int:
+    """Numbers of 32 bits that a step in one call works in, with n rows and m chains."""
+    return compiled_kernels().memory_size(n, m, visible, hidden)
 
 
+@lru_cache
 def processor_capabilities() -> dict:
     """Instructions of this processor by name; {} if this PyTorch does not say."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
-def has_fused_products(kernels, U: torch.Tensor) -> bool:
+def step_in_one_call(kernels, U: torch.Tensor) -> bool:
     """Whether `rbm_products.cpp` is compiled, has code for this processor, and for these sizes: it takes units in pairs. PyTorch's own
     products are several times faster where there are matrix units (AMX)."""
-    compiled = kernels is not None and hasattr(kernels, "sample_product")
+    compiled = kernels is not None and hasattr(kernels, "gradient")
     return compiled and not processor_capabilities().get("amx_bf16") and U.shape[0] % 2 == U.shape[1] % 2 == 0
 
 
@@ -103,32 +101,16 @@ class FloatProducts(Products):
         self.dtype = self.product_dtype = dtype
 
     def load(self, U: torch.Tensor, kernels=None):
-        self.fused = self.dtype == torch.bfloat16 and has_fused_products(kernels, U)
-        if self.fused:
-            visible, hidden = U.shape
-            self.up_packed = self._packed("up", visible, hidden)
-            self.down_packed = self._packed("down", hidden, visible)
-            rounded = self.memory.get_tensor("U", U.shape, self.dtype)
-            kernels.pack_weights(U, rounded, self.up_packed, self.down_packed)
-            return
         same = self.dtype == U.dtype
         self.up_weight = self.down_weight = U if same else self.memory.get_tensor("U", U.shape, self.dtype).copy_(U)
         self.down_scale, self.up_scale = (self.memory.get_tensor(name, (n,)).fill_(1) for name, n in zip("VH", U.shape))
-
-    def _packed(self, name: str, n: int, m: int, left: bool = False) -> torch.Tensor:
-        """Memory of `packed_size`."""
-        return self.memory.get_tensor(name, torch.Size([packed_size(n, m, left)]), torch.int32)
 
     def encode(self, q: torch.Tensor, u: torch.Tensor, out: torch.Tensor):
         """out (n, H), in `dtype`: what `outer` takes for the probabilities q. u: as from `uniform`."""
         out.copy_(q)
 
     def outer(self, v, code, out, weight, add):
-        if self.fused and not add:
-            n, visible, hidden = len(v), *out.shape
-            packed = self._packed("v", n, visible, left=True), self._packed("code", n, hidden)
-            compiled_kernels().outer_product(v, code, weight, *packed, out)
-        elif self.dtype == torch.float32:
+        if self.dtype == torch.float32:
             torch.addmm(out, v.T, code, beta=float(add), alpha=weight, out=out)
         else:
             super().outer(v, code, out, weight, add)
@@ -286,6 +268,9 @@ class FastContrastiveDivergence:
         numbers = torch.from_numpy(self.bits.random_raw((n + 3) // 4).view(np.uint16))[:n].view(shape)
         return self.memory.get_tensor("uniform", shape).copy_(numbers)
 
+    def _kernel_seed(self) -> int:
+        return int(self.bits.random_raw()) >> 1  # as many bits as a signed number has
+
     def sample(self, prob: torch.Tensor, u: torch.Tensor, out: torch.Tensor):
         """out = 1 with these probabilities, else 0: the integer part of prob + u."""
         if out.dtype == torch.float32:
@@ -302,7 +287,7 @@ class FastContrastiveDivergence:
         """
         if self.kernels is not None:
             total = torch.empty_like(bias)
-            self.kernels.sample(a, bias, scale, int(self.bits.random_raw()) >> 1, state, code, total)
+            self.kernels.sample(a, bias, scale, self._kernel_seed(), state, code, total)
             return total
         prob = a if a.dtype == torch.float32 else self.memory.get_tensor("inputs", a.shape).copy_(a)
         torch.addcmul(bias, prob, scale, out=prob).sigmoid_()
@@ -312,12 +297,6 @@ class FastContrastiveDivergence:
         if code is not None:
             self.products.encode(prob, u, code)
         return self.products.sum(state if code is None else code)
-
-    def _sample_product(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, state, code) -> torch.Tensor:
-        """`sample_units` of the inputs bias + x B, which are never written."""
-        total = torch.empty_like(bias)
-        self.kernels.sample_product(x, packed, bias, int(self.bits.random_raw()) >> 1, state, code, total)
-        return total
 
     def _blocks(self, rows: int) -> list[slice]:
         step = rows if self.kernels is not None else BLOCK  # what is done in one pass over memory needs no blocks
@@ -329,8 +308,6 @@ class FastContrastiveDivergence:
         Returns:
             (H,) the sum of the probabilities over the samples.
         """
-        if self.products.fused:
-            return self._sample_product(v, self.products.up_packed, c, h, code)
         total = 0
         for rows in self._blocks(len(v)):
             a = self.products.up(v[rows])
@@ -343,8 +320,6 @@ class FastContrastiveDivergence:
         Returns:
             (V,) their sum.
         """
-        if self.products.fused:
-            return self._sample_product(h, self.products.down_packed, b, v, None)
         total = 0
         for rows in self._blocks(len(h)):
             total += self.sample_units(self.products.down(h[rows]), b, self.products.down_scale, v[rows], None)
@@ -382,19 +357,27 @@ class FastContrastiveDivergence:
         products, (visible, hidden) = self.products, p.U.shape
         m = n if chains is None else len(chains)
         tensor = lambda name, *shape: self.memory.get_tensor(name, torch.Size(shape), products.dtype)
+        h = tensor("h", m, hidden)
+        if chains is not None and chains is not h:
+            h.copy_(chains)
+        dU = self.memory.get_tensor("dU", p.U.shape)
+        if self.precision == "bfloat16" and step_in_one_call(self.kernels, p.U):
+            of_size = lambda name, like: self.memory.get_tensor(name, like.shape)
+            result, mean_q = RBMParameters(c=of_size("dc", p.c), U=dU, b=of_size("db", p.b)), of_size("mean_q", p.c)
+            packed = self.memory.get_tensor("packed", torch.Size([memory_size(n, m, visible, hidden)]), torch.int32)
+            data = (v.to(products.dtype).contiguous(), rows, h, chains is None, steps)
+            self.kernels.gradient(p.U, p.b, p.c, *data, self._kernel_seed(), packed, dU, result.b, result.c, mean_q)
+            return result, h, mean_q
         products.load(p.U, self.kernels)
         # the data's rows above the chains', so that one product makes both halves of the gradient
-        states, codes, h = tensor("states", n + m, visible), tensor("codes", n + m, hidden), tensor("h", m, hidden)
+        states, codes = tensor("states", n + m, visible), tensor("codes", n + m, hidden)
         # a product with a float: division by a whole number makes a tensor of it first
         mean_v = self._take(v, rows, states[:n]).mul_(1 / n)
         sum_q = self.sample_hidden(states[:n], p.c, h if chains is None else None, codes[:n])
         codes[:n].neg_()
-        if chains is not None and chains is not h:
-            h.copy_(chains)
         for _ in range(steps):
             sum_v = self.sample_visible(h, p.b, states[n:])
             sum_q_model = self.sample_hidden(states[n:], p.c, h, codes[n:])
-        dU = self.memory.get_tensor("dU", p.U.shape)
         if n == m:
             products.outer(states, codes, dU, 1 / n, add=False)
         else:
