@@ -40,14 +40,15 @@ test: .venv/installed  ## the tests (no network, nothing outside the repo)
 test-slow: .venv/installed  ## the checks that take minutes
 	$(RUN) -m pytest -q -m slow
 
-align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, trained and compared; retrieval in two steps (1.5 hours)
+align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, trained and compared; retrieval in two steps (2 hours)
 	for kind in probe sail sail-sigmoid rbm; do \
-		$(ALIGN) training/recipes/align-$$kind.yaml --vision $(VISION) checkpoints/blip-rbm-small --text $(TEXT) --dataset $(DATASET) \
+		$(ALIGN) training/recipes/align-$$kind.yaml --views 2 --vision $(VISION) checkpoints/blip-rbm-small --text $(TEXT) --dataset $(DATASET) \
 			--output_dir runs/align-$$kind || exit 1; \
 	done
-	$(ALIGN) training/recipes/align-rbm.yaml --vision $(VISION) $(SECOND)@8,10,12 checkpoints/blip-rbm-small --text $(TEXT) \
+	$(ALIGN) training/recipes/align-rbm.yaml --views 2 --vision $(VISION) $(SECOND)@8,10,12 checkpoints/blip-rbm-small --text $(TEXT) \
 		--dataset $(DATASET) --output_dir runs/align-rbm-all
-	$(ALIGN) training/recipes/align-rbm.yaml --vision $(SECOND)@8,10,12 --text $(TEXT) --dataset $(DATASET) --output_dir runs/align-rbm-dino
+	$(ALIGN) training/recipes/align-rbm.yaml --views 2 --vision $(SECOND)@8,10,12 --text $(TEXT) --dataset $(DATASET) \
+		--output_dir runs/align-rbm-dino
 	$(RUN) -m training.evaluate_alignment --runs runs/align-probe runs/align-sail runs/align-sail-sigmoid runs/align-rbm runs/align-rbm-all \
 		runs/align-rbm-dino --dataset $(DATASET) --output benchmarks/results/alignment.json
 	$(RUN) -m training.build_captioner --decoder checkpoints/blip-rbm-small --vision $(SECOND)@10 --output_dir runs/second-start
@@ -173,6 +174,7 @@ bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cos
 
 bench-generate: .venv/installed  ## speed of generate beside transformers' own BLIP, time of captioning a folder (needs a quiet machine)
 	$(RUN) -m benchmarks.generate --models blip_base --batches 4 1 --output benchmarks/results/generate.json
+	$(RUN) -m benchmarks.generate --models embedded --batches 16 4 1 --output benchmarks/results/generate_embedded.json
 	$(RUN) -m benchmarks.folder --dataset $(DATASET) --output benchmarks/results/folder.json
 	$(RUN) -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset $(DATASET) --int8 true \
 		--output benchmarks/results/captions_int8.json

@@ -5,7 +5,6 @@
 
 #include "rbm_kernels.h"
 
-#include <array>
 #include <atomic>
 
 #ifdef __AVX512BF16__
@@ -134,7 +133,7 @@ struct Randomness {
   uint32_t counter, key;
 };
 
-// Where the encoded probabilities of a row of tiles go: `scale` times them, in pairs of rows, packed; their sum is added to `sum` (units,).
+// Where the probabilities of a row of tiles go: `scale` times them, in pairs of rows, packed.
 struct Code {
   uint32_t* pairs;
   int64_t panel;
@@ -142,21 +141,21 @@ struct Code {
 };
 
 // Up to ROWS rows of a layer, from number `first` on, given x: their states (rows, units), and their probabilities if CODE, of which the
-// sum is added to `total` (units,), or else that of the states.
+// sum, as they are written, is added to `total` (units,), or else that of the states.
 template <bool STATE, bool CODE>
 void sample_rows(const Layer& layer, int64_t first, int64_t rows, const uint16_t* x, Randomness random, uint16_t* state, Code code,
                  float* total) {
-  alignas(64) float sums[ROWS * WIDE], wide_state[WIDE], probs[2][WIDE];
+  alignas(64) float sums[ROWS * WIDE], wide_state[WIDE], probs[2][WIDE], ones[WIDE];
+  std::fill_n(ones, WIDE, 1.0f);
   const auto* a = reinterpret_cast<const uint32_t*>(x);
   const int64_t across = panels(layer.units, WIDE), panel = panel_size(layer.pairs, WIDE);
-  const std::array<float, WIDE> ones = [] { std::array<float, WIDE> x; x.fill(1.0f); return x; }();
   for (int64_t p = 0; p < across; ++p) {
     multiply(rows, layer.pairs, a, layer.pairs, 1, layer.weights + p * panel, sums);
     const int64_t columns = std::min(WIDE, layer.units - p * WIDE);
     alignas(64) float all[WIDE] = {};
     for (int64_t r = 0; r < rows; ++r) {
       const auto counter = random.counter + static_cast<uint32_t>(((first + r) * across + p) * LANES);
-      sample_row<float, float, STATE, CODE>(WIDE, sums + r * WIDE, layer.bias.data() + p * WIDE, ones.data(), counter, random.key, wide_state,
+      sample_row<float, float, STATE, CODE>(WIDE, sums + r * WIDE, layer.bias.data() + p * WIDE, ones, counter, random.key, wide_state,
                                             probs[r % 2], all);
       if (STATE) narrow(columns, wide_state, state + r * layer.units + p * WIDE);
       if (CODE && r % 2 == 1) narrow_pair(WIDE, code.scale, probs[0], probs[1], code.pairs + p * code.panel + r / 2 * WIDE);

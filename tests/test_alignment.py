@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -16,7 +17,7 @@ from modeling_blip_rbm.rbm import RBMParameters, pairwise_mutual_information, po
 from tests.conftest import REPO, WORD_IDS
 from tests.stages import in_process, succeed
 from training import capfilt, rerank_retrieval
-from training.align import AlignedTokens, load_image_layer
+from training.align import AlignedTokens, AlignmentData, Projection, embed, load_image_layer
 from training.capfilt import shuffled
 from training.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces, sigmoid_loss
 from training.encoders import LayersOfTower, VisionEncoder
@@ -174,6 +175,19 @@ def test_alignment_learns_and_goes_on(aligned, pairs):
     in_process("align", *again, cwd=work)
     history = json.loads((work / "probe" / "align.json").read_text())["held_back"]
     assert [entry["epoch"] for entry in history] == [20, 40, 60]
+
+
+def test_an_image_and_its_mirror_image_are_one():
+    """Of the views that are cached, those that are no random crops."""
+    views = torch.randn(3, 4, 5)  # of 4 images
+    store = SimpleNamespace(num_views=3, batch=lambda rows, view: views[view][rows])
+    starts, sentences = np.array([0, 2, 3, 6, 7]), np.random.default_rng(0).normal(size=(7, 11))
+    data = AlignmentData([store], [np.arange(5)], sentences, None, starts, np.arange(4), captions=1, seed=0)
+    aligner = Projection(5, 11, 3, None, 0.5, "infonce")
+    images, texts, owner = embed(aligner, data, np.array([1, 3]))
+    both = aligner.embed_images(views[:2, [1, 3]].flatten(0, 1)).view(2, 2, 3)
+    torch.testing.assert_close(images, both.mean(0))
+    assert owner.tolist() == [0, 1] and texts.shape == (2, 3)
 
 
 def test_hubs_are_taken_off():

@@ -297,12 +297,13 @@ def set_statistics(energy: Energy, data: AlignmentData):
 
 @torch.no_grad()
 def embed(aligner, data: AlignmentData, rows, size: int = 2048):
-    """What `similarity` takes, of these images and of all their captions; and whose each caption is."""
+    """What `similarity` takes, of these images and of all their captions; and whose each caption is. Of an image that is cached with its
+    mirror image, the mean of both."""
     aligner.eval()
+    views = range(min(data.stores[0].num_views, 2))  # more are random crops
+    images_of = lambda part: torch.stack([aligner.embed_images(data.images(part, view)) for view in views]).mean(0)
     captions, owner = data.captions_of(rows)
-    images = torch.cat(
-        [aligner.embed_images(data.images(part)) for part in np.array_split(rows, len(rows) // size + 1)]
-    )
+    images = torch.cat([images_of(part) for part in np.array_split(rows, len(rows) // size + 1)])
     texts = [aligner.embed_texts(*data.texts(part)) for part in np.array_split(captions, len(captions) // size + 1)]
     place = {row: i for i, row in enumerate(rows)}
     return images, torch.cat(texts), torch.tensor([place[row] for row in owner])

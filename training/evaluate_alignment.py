@@ -67,7 +67,7 @@ def settings_of(run: str, args) -> AlignArguments:
     """What a run was trained with, on this data set."""
     report = json.loads((Path(run) / "align.json").read_text())
     settings = {field.name: report["align"][field.name] for field in fields(AlignArguments)}
-    return AlignArguments(**settings | {"dataset": args.dataset, "cache_dir": args.cache_dir, "views": 1}), report
+    return AlignArguments(**settings | {"dataset": args.dataset, "cache_dir": args.cache_dir}), report
 
 
 def runs_of(args):
