@@ -218,6 +218,16 @@ class RBM(TransformerMixin, BaseEstimator):
             self._chains = chains
         return gradient, mean_q
 
+    def _descend(self):
+        """The optimizer's step. Of plain SGD without its Python, which takes 0.2 ms where products have emptied the caches: a fiftieth of a
+        fast step; its arithmetic takes 0.08."""
+        if self.optimizer == "sgd" and not self.momentum and not self.weight_decay:
+            for group in self._optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.add_(parameter.grad, alpha=-group["lr"])
+        else:
+            self._optimizer.step()
+
     def _update(self, X: torch.Tensor, batch: Optional[torch.Tensor] = None):
         """A step on the rows number `batch` of X, or on all; the mean of q over them."""
         binary = self._fast is not None
@@ -237,7 +247,7 @@ class RBM(TransformerMixin, BaseEstimator):
                 getattr(self.model_, name).grad = getattr(gradient, field)
         if not binary:
             nn.utils.clip_grad_norm_(self.model_.parameters(), 10.0)
-        self._optimizer.step()
+        self._descend()
         if not binary:
             self.model_.image_log_var.clamp_(*LOG_VARIANCE_RANGE)
         self.n_steps_ += 1

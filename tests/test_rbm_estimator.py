@@ -37,6 +37,15 @@ def independent_log_likelihood(train, rows):
     return (rows * np.log(share) + (1 - rows) * np.log1p(-share)).sum(1).mean()
 
 
+@pytest.mark.parametrize("visible_type", ["binary", "gaussian"])
+def test_plain_sgd_is_that_of_torch(digits, visible_type):
+    """Whose step is taken as soon as there is a momentum, if only a tiny one."""
+    rows, settings = digits[0][:, 26:30], {"random_state": 0, "batch_size": 29, "learning_rate": 0.1, "n_iter": 2}
+    plain, torchs = (RBM(7, visible_type=visible_type, momentum=m, **settings).fit(rows) for m in (0.0, 1e-12))
+    for name, parameter in plain.model_.named_parameters():
+        torch.testing.assert_close(parameter, torchs.model_.get_parameter(name))
+
+
 def test_likelihood_of_held_back_digits(digits, fitted):
     """Far better than independent pixels, by an estimate whose error is known."""
     assert fitted.score(digits[1]) > independent_log_likelihood(digits[0], digits[1]) + 6
