@@ -362,12 +362,7 @@ class FastContrastiveDivergence:
             h.copy_(chains)
         dU = self.memory.get_tensor("dU", p.U.shape)
         if self.precision == "bfloat16" and step_in_one_call(self.kernels, p.U):
-            of_size = lambda name, like: self.memory.get_tensor(name, like.shape)
-            result, mean_q = RBMParameters(c=of_size("dc", p.c), U=dU, b=of_size("db", p.b)), of_size("mean_q", p.c)
-            packed = self.memory.get_tensor("packed", torch.Size([memory_size(n, m, visible, hidden)]), torch.int32)
-            data = (v.to(products.dtype).contiguous(), rows, h, chains is None, steps)
-            self.kernels.gradient(p.U, p.b, p.c, *data, self._kernel_seed(), packed, dU, result.b, result.c, mean_q)
-            return result, h, mean_q
+            return self._gradient_in_one_call(p, v, h, chains is None, steps, rows, dU)
         products.load(p.U, self.kernels)
         # the data's rows above the chains', so that one product makes both halves of the gradient
         states, codes = tensor("states", n + m, visible), tensor("codes", n + m, hidden)
@@ -385,6 +380,16 @@ class FastContrastiveDivergence:
             products.outer(states[n:], codes[n:], dU, 1 / m, add=True)
         mean_q = sum_q.mul_(1 / n)
         return RBMParameters(c=sum_q_model.mul_(1 / m).sub_(mean_q), U=dU, b=sum_v.mul_(1 / m).sub_(mean_v)), h, mean_q
+
+    def _gradient_in_one_call(self, p, v, h, from_data: bool, steps: int, rows, dU):
+        """`gradient` by `rbm_products.cpp`; h (M, H) are the chains' states, written anew, and dU the gradient's memory."""
+        n, m, (visible, hidden) = len(v) if rows is None else len(rows), len(h), p.U.shape
+        packed = self.memory.get_tensor("packed", torch.Size([memory_size(n, m, visible, hidden)]), torch.int32)
+        shapes = {"db": p.b.shape, "dc": p.c.shape, "mean_q": p.c.shape}
+        db, dc, mean_q = (self.memory.get_tensor(name, shape) for name, shape in shapes.items())
+        v, seed = v.to(h.dtype).contiguous(), self._kernel_seed()
+        self.kernels.gradient(p.U, p.b, p.c, v, rows, h, from_data, steps, seed, packed, dU, db, dc, mean_q)
+        return RBMParameters(c=dc, U=dU, b=db), h, mean_q
 
     def centred(self, p: RBMParameters, gradient: RBMParameters, mean_v: torch.Tensor, mean_h: torch.Tensor):
         """`rbm.centred_gradient` of what `gradient` gave, in its place."""
