@@ -93,14 +93,17 @@ void sample_row(int64_t n, const A* a, const float* bias, const float* scale, ui
   if (n % 2) unit(n - 1, random_bits(counter + static_cast<uint32_t>(half), key) >> 16);
 }
 
-// Floats to bfloat16, the nearest. (ATen's conversions mind NaN, which does not occur here.)
+// The bits of a float of which the upper half is the nearest bfloat16. (ATen's conversions mind NaN, which does not occur here.)
+inline uint32_t rounded_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits + 0x8000u;
+}
+
+// Floats to bfloat16.
 inline void narrow(int64_t n, const float* from, uint16_t* to) {
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) {
-    uint32_t bits;
-    std::memcpy(&bits, from + j, sizeof bits);
-    to[j] = static_cast<uint16_t>((bits + 0x8000u) >> 16);
-  }
+  for (int64_t j = 0; j < n; ++j) to[j] = static_cast<uint16_t>(rounded_bits(from[j]) >> 16);
 }
 
 // Raises for a row number that is none of `rows`.

@@ -72,13 +72,7 @@ inline void pair_up(int64_t count, const uint16_t* low, const uint16_t* high, ui
 // scale * low and scale * high in bfloat16, side by side.
 inline void narrow_pair(int64_t n, float scale, const float* low, const float* high, uint32_t* out) {
 #pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) {
-    const float first = scale * low[j], second = scale * high[j];
-    uint32_t low_bits, high_bits;
-    std::memcpy(&low_bits, &first, sizeof low_bits);
-    std::memcpy(&high_bits, &second, sizeof high_bits);
-    out[j] = (low_bits + 0x8000u) >> 16 | ((high_bits + 0x8000u) & 0xffff0000u);
-  }
+  for (int64_t j = 0; j < n; ++j) out[j] = rounded_bits(scale * low[j]) >> 16 | (rounded_bits(scale * high[j]) & 0xffff0000u);
 }
 
 // X (rows, m), `width` from row to row, two rows side by side as pairs, in panels of WIDTH columns: out[panel][pair][column]. Columns beyond
