@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from types import SimpleNamespace
 from unittest import mock
 
@@ -206,7 +207,7 @@ def test_a_second_look_with_the_captioner(aligned, pairs, saved_model):
     """One process, and two that share the images: the same results, and the same likelihoods kept."""
     work, _ = aligned
     common = ["--runs", "probe", "rbm", "--captioners", saved_model, saved_model, "--dataset", pairs]
-    common += ["--candidates", 3, 2, "--likelihood_bank", 6, "--bank_candidates", 2]
+    common += ["--candidates", 3, 2, "--likelihood_bank", 6, "--bank_candidates", 2, "--dtype", "float32"]
     one = [*common, "--cache_dir", "one", "--output", "one.json"]
     out = in_process("rerank_retrieval", *one, cwd=work)
     results = json.loads((work / "one.json").read_text())
@@ -215,6 +216,7 @@ def test_a_second_look_with_the_captioner(aligned, pairs, saved_model):
     together, *others = [sum(v for k, v in entry.items() if "_r" in k) for entry in results["held_back"].values()]
     assert np.isfinite([together, *others]).all()
 
+    shutil.copytree(work / "one", work / "two", ignore=shutil.ignore_patterns("likelihood-*"))
     two = [*common, "--cache_dir", "two", "--output", "two.json"]
     succeed("rerank_retrieval", *two, cwd=work, launcher=("--config_file", REPO / "training/accelerate/multi-cpu.yaml"))
     for way, entry in json.loads((work / "two.json").read_text())["runs"].items():
@@ -230,7 +232,7 @@ def test_likelihoods_are_of_the_pairs_asked_for(pairs, saved_model, tmp_path):
     """Against one caption of one image at a time."""
     dataset = load_pairs(pairs, "train")
     gallery = rerank_retrieval.Gallery(dataset, np.array([2, 5, 11]))
-    likelihoods = rerank_retrieval.Likelihoods(str(saved_model), tmp_path, batch_size=2, dtype=torch.float32)
+    likelihoods = rerank_retrieval.Likelihoods(str(saved_model), tmp_path, batch_size=2, dtype="float32")
     ids = likelihoods.token_ids(gallery)
     assert len(ids) == 9 and len({len(row) for row in ids}) > 1
     asked = torch.rand(3, 9) < 0.5

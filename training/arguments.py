@@ -18,11 +18,10 @@ def bf16_is_fast() -> bool:
     matrices."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 256, dtype=dtype)
-        seconds[dtype] = float("inf")
-        for _ in range(7):  # the least of several: other work on the machine only adds
+    matrices = {dtype: torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = dict.fromkeys(matrices, float("inf"))
+    for _ in range(7):  # the least of several, in turn: other work on the machine only adds, and to both
+        for dtype, a in matrices.items():
             start = time.perf_counter()
             a @ a
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)

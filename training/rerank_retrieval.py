@@ -125,17 +125,19 @@ class Likelihoods:
     """log P(caption | image) by a captioner, of images by their cached features.
 
     Args:
-        dtype: in which the decoder computes; by default bf16 where it is faster.
+        dtype: in which the decoder computes: "float32", "bfloat16", or "auto": bf16 where the first process finds it faster.
     """
 
-    def __init__(self, captioner: str, cache_dir: str, batch_size: int = 64, dtype: torch.dtype | None = None):
+    def __init__(self, captioner: str, cache_dir: str, batch_size: int = 64, dtype: str = "auto"):
         # features are found by the tower's weights, which are not to be rounded
         self.tower = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).vision_model.eval()
-        dtype = dtype or (torch.bfloat16 if bf16_is_fast() else torch.float32)
-        self.model = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=dtype).eval()
+        self.processes = PartialState()
+        if dtype == "auto":
+            # a measurement, which may come out differently in two processes: all are to give likelihoods of one kind
+            dtype = "bfloat16" if broadcast(torch.tensor(bf16_is_fast())) else "float32"
+        self.model = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=getattr(torch, dtype)).eval()
         self.processor = BlipRBMProcessor.from_pretrained(captioner)
         self.cache_dir, self.batch_size = cache_dir, batch_size
-        self.processes = PartialState()
 
     def features(self, dataset):
         return cache_features(self.tower, self.processor.image_processor, dataset, self.cache_dir, dtype="auto")
@@ -229,6 +231,7 @@ def main():
     parser.add_argument(
         "--bank_candidates", type=int, default=8, help="of them, for which a caption's usual likelihood is asked"
     )
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the captioners")
     parser.add_argument("--cache_dir", default="runs/features")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True, help="results, JSON")
@@ -241,7 +244,7 @@ def main():
     held, split, bank_rows = galleries(args, accelerator)
     start = time.time()
     for captioner, candidates in zip(args.captioners, args.candidates):
-        likelihoods = Likelihoods(captioner, args.cache_dir)
+        likelihoods = Likelihoods(captioner, args.cache_dir, dtype=args.dtype)
         with accelerator.main_process_first():
             bank = likelihoods.features(held.dataset), bank_rows[: args.likelihood_bank]
             likelihoods.features(split.dataset)
