@@ -128,10 +128,11 @@ train: .venv/installed  ## make the embedded model again, in runs/blip-rbm-small
 	$(RUN) -m training.shrink_vocabulary --model runs/captioner-tower/best --dataset $(DATASET) --output_dir runs/captioner-shrunk/best
 	.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train_rbm training/recipes/rbm-small.yaml \
 		--model runs/captioner-shrunk/best --dataset $(DATASET) --output_dir runs/rbm
-	$(RUN) -m training.tune_decoding training/recipes/decoding-small.yaml --model runs/rbm/best \
+	$(RUN) -m training.fit_phrases --views 2 --model runs/rbm/best --dataset $(DATASET) --output_dir runs/phrases
+	$(RUN) -m training.tune_decoding training/recipes/decoding-small.yaml --model runs/phrases/best \
 		--dataset $(DATASET) --output_dir runs/blip-rbm-small
 	$(RUN) -m training.evaluate_confidence --model runs/blip-rbm-small --dataset $(DATASET) --output runs/blip-rbm-small/confidence.json
-	cp runs/captioner-tower/captioner.json runs/rbm/rbm.json runs/blip-rbm-small/
+	cp runs/captioner-tower/captioner.json runs/rbm/rbm.json runs/phrases/phrases.json runs/blip-rbm-small/
 
 tutorial: .venv/installed  ## the stages on eight photographs of our own, to a repo staged for the Hub: two minutes
 	$(RUN) -m training.pairs --dataset examples/captions.jsonl
@@ -153,8 +154,9 @@ seeds: .venv/installed  ## train, tune and measure the RBM from 3 seeds on DATAS
 	for seed in 0 1 2; do \
 		.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train_rbm training/recipes/rbm-small.yaml \
 			--seed $$seed --model checkpoints/blip-rbm-small --dataset $(DATASET) --output_dir runs/rbm-$$seed || exit 1; \
+		$(RUN) -m training.fit_phrases --views 2 --model runs/rbm-$$seed/best --dataset $(DATASET) --output_dir runs/phrases-$$seed || exit 1; \
 		$(RUN) -m training.tune_decoding training/recipes/decoding-small.yaml --prior 0 --repetition_penalty 1.1 --length_penalty 1.0 \
-			--model runs/rbm-$$seed/best --dataset $(DATASET) --output_dir runs/seed-$$seed || exit 1; \
+			--model runs/phrases-$$seed/best --dataset $(DATASET) --output_dir runs/seed-$$seed || exit 1; \
 		$(RUN) -m training.evaluate_captions --model runs/seed-$$seed --dataset $(DATASET) \
 			--output benchmarks/results/captions_seed_$$seed.json || exit 1; \
 	done

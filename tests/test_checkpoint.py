@@ -91,7 +91,7 @@ def test_results_reach_the_floors(results):
     assert results["images"] == 1000 and results["settings"]["num_beams"] == 3
     assert blip["CIDEr-D"] >= 50 and blip["BLEU-4"] >= 19 and blip["vocabulary"] >= 450
     assert ours["CIDEr-D"] > blip["CIDEr-D"] and ours["vocabulary"] > blip["vocabulary"]
-    assert {"captioner.json", "rbm.json", "tuning.json"} <= {file.name for file in CHECKPOINT.iterdir()}
+    assert {"captioner.json", "rbm.json", "phrases.json", "tuning.json"} <= {file.name for file in CHECKPOINT.iterdir()}
 
 
 def test_results_are_of_this_config(embedded, results):

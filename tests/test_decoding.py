@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,13 +12,16 @@ from modeling_blip_rbm.decoding_blip_rbm import (
     RBMGuidance,
     caption_similarity,
     consensus,
+    input_of_words,
     rerank_scores,
     word_columns,
     words_said,
 )
+from modeling_blip_rbm.linear_blip_rbm import product_with
 from modeling_blip_rbm.rbm import (
     RBMParameters,
     free_energy,
+    gain_weights,
     hidden_input,
     pointwise_mutual_information,
     prob_w_given_h,
@@ -136,6 +140,29 @@ def test_similarities_of_hidden_posteriors():
             assert similarity[0, i, j].item() == pytest.approx(value.item(), abs=1e-5)
 
 
+def test_input_of_words_said_is_theirs_once(params):
+    columns = word_columns(WORD_IDS, VOCAB)
+    ids = torch.tensor([[44, WORD_IDS[2], 5, WORD_IDS[0], WORD_IDS[2]], [44, 5, 6, 3, 0]])
+    torch.testing.assert_close(input_of_words(params.U, columns[ids]), words_said(ids, columns, K) @ params.U)
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_guide_with_a_product_of_its_own_gives_the_same_gains(params, order):
+    a = hidden_input(params, torch.randn(2, V))
+    ids = torch.tensor([[44, WORD_IDS[1]], [44, 1], [44, 2], [44, 3]])
+    module = torch.nn.Module()
+    weight_of = partial(gain_weights, order=order)
+    for _ in range(2):
+        with torch.no_grad():
+            product = product_with(module, params.U, weight_of)
+            fast, plain = (
+                RBMGuidance(params, a, WORD_IDS, VOCAB, 1.0, clip=2.0, order=order, product=way).gains(ids)
+                for way in (product, None)
+            )
+            torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
+            params.U.mul_(-2.0)  # what was kept of the weights before is not used
+
+
 def test_consensus_is_the_mean_similarity_to_the_others():
     similarity = caption_similarity(SEQUENCES, "jaccard", ignored=(0, 3, 44))
     expected = [similarity[0, i, [j for j in range(3) if j != i]].mean() for i in range(3)]
@@ -144,9 +171,14 @@ def test_consensus_is_the_mean_similarity_to_the_others():
 
 
 def test_rerank_scores():
-    log_prob, length, pmi, agreement = (torch.tensor([[v]]) for v in (-6.0, 4.0, 2.0, 0.5))
-    score = rerank_scores(log_prob, length, pmi, agreement, length_penalty=0.5, l_pmi=0.1, l_consensus=3.0)
-    assert score.item() == pytest.approx(-6 / 2 + 0.1 * 2 + 3 * 0.5)
+    parts = {
+        name: torch.tensor([[v]]) for name, v in zip(("log_prob", "length", "pmi", "overlap"), (-6.0, 4.0, 2.0, 0.5))
+    }
+    names = ("length_penalty", "pmi", "consensus", "cider", "similarity")
+    settings = dict(zip([f"rbm_rerank_{name}" for name in names], (0.5, 0.1, 3.0, 0.0, "overlap")))
+    assert rerank_scores(parts, settings).item() == pytest.approx(-6 / 2 + 0.1 * 2 + 3 * 0.5)
+    with_cider = rerank_scores(parts | {"cider": torch.tensor([[0.7]])}, settings | {"rbm_rerank_cider": 4.0})
+    assert with_cider.item() == pytest.approx(-6 / 2 + 0.1 * 2 + 3 * 0.5 + 4 * 0.7)
 
 
 def test_causes_shift_the_words_that_they_favour(params):

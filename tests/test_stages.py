@@ -44,7 +44,9 @@ def work(pairs, towers, data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(work, data):
-    tune = ["--model", "rbm/best", *data, "--output_dir", "tuned", "--candidates", 5, "--guidance", 0.0, 0.2]
+    phrases = ["--model", "rbm/best", *data, "--output_dir", "phrases", "--min_images", 3]
+    in_process("fit_phrases", *phrases, cwd=work)
+    tune = ["--model", "phrases/best", *data, "--output_dir", "tuned", "--candidates", 5, "--guidance", 0.0, 0.2]
     in_process("tune_decoding", *tune, "--half", True, "--max_new_tokens", 9, cwd=work)
     return work / "tuned"
 
@@ -152,13 +154,16 @@ def test_tower_is_trained_in_part(work, data):
 
 def test_tuned_and_evaluated(work, tuned, data, pairs):
     saved = json.loads((tuned / "config.json").read_text())
+    phrases = json.loads((work / "phrases" / "phrases.json").read_text())
+    assert phrases["phrases"] == saved["rbm_num_phrases"] > 5
+    assert phrases["held_back"]["own_captions"] > 1.5 * phrases["held_back"]["other_captions"]
     assert saved["rbm_rerank"] and saved["rbm_guidance"] in (0.0, 0.2) and saved["dtype"] == "float32"
     evaluate = ["--model", "tuned", "--dataset", pairs, "--output", "results.json", *data[-2:]]
     in_process("evaluate_captions", *evaluate, "--ablation", True, "--pictures", "pictures", cwd=work)
     results = json.loads((work / "results.json").read_text())
     assert results["images"] == 8 and set(results["systems"]) == {"BLIP", "BLIP-RBM"}
     alone = {name: system["CIDEr-D"] for name, system in results["ablation"].items()}
-    assert len(alone) == 11 and alone["5 guided beams: oracle"] >= alone["5 guided beams: re-rank"]
+    assert len(alone) == 13 and alone["5 guided beams: oracle"] >= alone["5 guided beams: re-rank"]
     drawn = {file.stem for file in (work / "pictures").glob("*.png")}
     assert drawn == {"random", "best", "worst", "difference", "attention-1", "attention-2", "attention-3"}
     right = sum(list(COLOURS)[i % 4] in entry["BLIP-RBM"] for i, entry in enumerate(results["captions"]))

@@ -140,17 +140,13 @@ def ablation(model, processor, store, scorer, **settings) -> dict[str, list[str]
         outputs, parts = candidate_parts(
             model, processor, store, rows, n, rbm_guidance=beta, max_new_tokens=settings["max_new_tokens"]
         )
-        by_rerank = rerank_scores(
-            *(torch.from_numpy(parts[name]) for name in ("log_prob", "length", "pmi", config.rbm_rerank_similarity)),
-            config.rbm_rerank_length_penalty,
-            config.rbm_rerank_pmi,
-            config.rbm_rerank_consensus,
-        ).numpy()
+        by_rerank = rerank_scores({name: torch.from_numpy(part) for name, part in parts.items()}, vars(config)).numpy()
         cider = np.array([[scorer.score(i, text) for text in of_image] for i, of_image in enumerate(outputs)])
         choices = {
             "first": np.zeros(len(rows), int),
             "random": np.random.default_rng(0).integers(n, size=len(rows)),
             "consensus alone": parts[config.rbm_rerank_similarity].argmax(1),
+            **({"expected CIDEr-D alone": parts["cider"].argmax(1)} if "cider" in parts else {}),
             "re-rank": by_rerank.argmax(1),
             "oracle": cider.argmax(1),
         }

@@ -185,20 +185,22 @@ def confidence_table(result: dict) -> str:
     )
 
 
-def training_table(captioner: dict, rbm: dict, tuning: dict) -> str:
+def training_table(captioner: dict, rbm: dict, phrases: dict, tuning: dict) -> str:
     minutes, stage = 0.0, captioner
     while stage:
         minutes, stage = minutes + stage["minutes"], stage.get("went_on_from")
     last = rbm["held_back"][-1]
-    rerank, plain = tuning["rerank"], tuning["chosen_plain"]
+    plain, known, chosen = tuning["chosen_plain"], phrases["held_back"], tuning["rerank"]["chosen"]
+    candidates = tuning["rerank"]["candidates"][str(chosen["rbm_guidance"])]
     rows = [
         ("captioner", f"{minutes:.0f}", f"CIDEr-D {plain['cider']:.1f}, vocabulary {plain['vocabulary']} on {tuning['images']} held-back images, as it decodes"),
         ("RBM", f"{rbm['minutes']:.1f}", f"R@10 {last['image_to_text_r10']:.0f} image to text, {last['text_to_image_r10']:.0f} text to image, word AP {last['word_ap']:.2f}"),
+        ("phrases", f"{phrases['seconds'] / 60:.1f}", f"CIDEr-D expected of an image's own captions {100 * known['own_captions']:.1f}, of another's {100 * known['other_captions']:.1f}; {phrases['phrases']:,} phrases"),
         (
             "re-rank",
             "",
-            f"first of the candidates {rerank['first_candidate']:.1f}, random {rerank['random_candidate']:.1f}, "
-            f"chosen {rerank['best'][0][0]:.1f}, oracle {rerank['oracle']:.1f} CIDEr-D",
+            f"first of the candidates {candidates['first_candidate']:.1f}, random {candidates['random_candidate']:.1f}, "
+            f"chosen {chosen['cider']:.1f} (vocabulary {chosen['vocabulary']}), oracle {candidates['oracle']:.1f} CIDEr-D",
         ),
     ]  # fmt: skip
     lines = ["| stage | minutes | on held-back training images |", "|---|---|---|"]
@@ -443,7 +445,7 @@ def blocks() -> dict[str, str]:
         "study": study_table(benchmark("alignment_study.json")),
         "capfilt": capfilt_table([benchmark(f"capfilt_{share}.json") for share in (30, 60)]),
         "cost": cost_table(benchmark("rbm_quick.json"), benchmark("scale.json")),
-        "training": training_table(read("captioner.json"), read("rbm.json"), read("tuning.json")),
+        "training": training_table(*(read(f"{stage}.json") for stage in ("captioner", "rbm", "phrases", "tuning"))),
         "parameters": f"{results['parameters'] / 1e6:.1f} M parameters",
         "model-index": model_index(results),
     }

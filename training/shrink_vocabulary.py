@@ -69,6 +69,10 @@ def shrink_captioner(model, kept: list[int]):
     missing = [i for i in config["rbm_word_ids"] if i not in new]
     if missing:
         raise ValueError(f"the RBM has words that would go, such as tokens {missing[:5]}: shrink before it is trained")
+    if config["rbm_num_phrases"]:
+        raise ValueError(
+            "the phrases of this model are n-grams of token ids that would change: shrink before they are fitted"
+        )
     text = config["text_config"]
     size = text["vocab_size"]
     ids = ("bos_token_id", "sep_token_id", "eos_token_id", "pad_token_id")

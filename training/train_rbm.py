@@ -242,6 +242,7 @@ def with_new_rbm(model, word_ids, settings: RBMArguments, pooled: Iterable[torch
     config = BlipRBMConfig.from_dict(
         model.config.to_dict()
         | {"rbm_word_ids": word_ids, "rbm_hidden_size": settings.hidden_size}
+        | {"rbm_num_phrases": 0, "rbm_rerank_cider": 0.0}  # they were fitted to other causes
         | ({"rbm_pooling": settings.pooling, "rbm_visible_size": None} if settings.pooling else {})
     )
     fresh = BlipRBMForConditionalGeneration(config)

@@ -188,6 +188,7 @@ def main():
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    model.set_phrases(None)  # they were fitted to causes that change here
     pooling = model.config.rbm_pooling
     dataset, store = load_features(data, model.vision_model, processor.image_processor, pooling=pooling)
     writers = []

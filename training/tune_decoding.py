@@ -8,8 +8,8 @@ Every number here is of held-back *training* images; no validation image is look
    arXiv 2007.07314), the repetition penalty and beam search's length penalty. Of the settings whose CIDEr-D is within
    `tolerance` of the best, and BLEU-4 within `bleu_tolerance`, the one with the largest vocabulary: variety where it costs
    little. They become part of plain BLIP, the baseline.
-2. guide: its weight, in the same way with `guide_tolerance`.
-3. re-rank: its weights on the candidates that guide gives, by a grid over the parts of each candidate's score.
+2. guide and re-rank together: for every weight of guide the candidates that it gives, and a grid over the weights of the parts of
+   each candidate's score; in the same way, with `rerank_tolerance`.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from training.checkpoints import refuse_other_output, save_captioner, write_json
 from training.data import split_held_back
 from training.evaluate_captions import candidate_parts, caption_rows
 from training.features import cache_features
-from training.metrics import CiderD, bleu, corpus_diversity
+from training.metrics import CiderD, bleu, corpus_diversity, tokenize
 from training.pairs import load_pairs
 from training.train_captioner import caption_tokens, unigram_bias
 
@@ -53,40 +53,43 @@ class TuningArguments:
     bleu_tolerance: float = field(
         default=0.6, metadata={"help": "BLEU-4 points that plain BLIP may give for vocabulary"}
     )
-    guide_tolerance: float = field(default=0.5, metadata={"help": "the same for guide, before re-rank"})
-    guidance: list[float] = field(default_factory=lambda: [0.0, 0.03, 0.06, 0.1], metadata={"help": "weights tried"})
+    rerank_tolerance: float = field(default=1.0, metadata={"help": "the same for guide and re-rank"})
+    guidance: list[float] = field(default_factory=lambda: [0.1, 0.3], metadata={"help": "weights of guide tried"})
     order: str = field(default="second", metadata={"help": "how word gains are computed: exact, second, first"})
     half: bool = field(default=False, metadata={"help": "store fp16 weights"})
 
 
 RERANK_GRID = {
     "rbm_rerank_length_penalty": (0.0, 0.5, 1.0),
-    "rbm_rerank_pmi": (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
-    "rbm_rerank_consensus": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+    "rbm_rerank_pmi": (0.0, 0.05, 0.1, 0.2, 0.4, 0.8),
+    "rbm_rerank_consensus": (0.0, 2.0, 4.0, 8.0, 16.0),
+    "rbm_rerank_cider": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
     "rbm_rerank_similarity": SIMILARITIES,
 }
 
 
-def tune_rerank(parts: dict[str, np.ndarray], cider: np.ndarray) -> tuple[dict, list]:
-    """The weights with the best mean sentence CIDEr-D of the chosen candidate, and what the grid gave."""
-    tried = []
-    for values in itertools.product(*RERANK_GRID.values()):
-        weights = dict(zip(RERANK_GRID, values))
+def tune_rerank(captions: list[list[str]], parts: dict[str, np.ndarray], cider: np.ndarray) -> list[dict]:
+    """What each setting of the grid chooses among the candidates, captions, parts and sentence CIDEr-D (images, n) each: mean CIDEr-D and
+    vocabulary, beside its weights."""
+    tried, parts = [], {name: torch.from_numpy(part) for name, part in parts.items()}
+    words = [[set(tokenize(text)) for text in of_image] for of_image in captions]
+    images = np.arange(len(cider))
+    grid = RERANK_GRID if "cider" in parts else RERANK_GRID | {"rbm_rerank_cider": (0.0,)}
+    for values in itertools.product(*grid.values()):
+        weights = dict(zip(grid, values))
         if weights["rbm_rerank_consensus"] == 0 and weights["rbm_rerank_similarity"] != SIMILARITIES[0]:
             continue  # the same as with the first
-        score = rerank_scores(
-            *(
-                torch.from_numpy(parts[name])
-                for name in ("log_prob", "length", "pmi", weights["rbm_rerank_similarity"])
-            ),
-            weights["rbm_rerank_length_penalty"],
-            weights["rbm_rerank_pmi"],
-            weights["rbm_rerank_consensus"],
-        ).numpy()
-        chosen = np.take_along_axis(cider, score.argmax(1)[:, None], 1).mean()
-        tried.append((100 * chosen, weights))
-    tried.sort(key=lambda entry: -entry[0])
-    return tried[0][1], tried
+        chosen = rerank_scores(parts, weights).argmax(1).numpy()
+        vocabulary = len(set().union(*(words[i][k] for i, k in enumerate(chosen))))
+        tried.append(weights | {"cider": 100 * cider[images, chosen].mean(), "vocabulary": vocabulary})
+    return tried
+
+
+def best_by(tried: list[dict], name: str) -> dict:
+    """Of every value of one setting, the best CIDEr-D of all that were tried with it."""
+    return {
+        value: max(t["cider"] for t in tried if t[name] == value) for value in dict.fromkeys(t[name] for t in tried)
+    }
 
 
 class HeldBack:
@@ -104,15 +107,12 @@ class HeldBack:
         return settings | entry
 
 
-def most_varied(entries: list[dict], tolerance: float, bleu_tolerance: float = float("inf")) -> dict:
+def most_varied(entries: list[dict], tolerance: float, bleu_tolerance: float | None = None) -> dict:
     """Of the entries within `tolerance` of the best CIDEr-D and `bleu_tolerance` of the best BLEU-4, the one with the largest
     vocabulary; the one with the best CIDEr-D if none is."""
-    best = {name: max(entry[name] for entry in entries) for name in ("cider", "bleu_4")}
-    good = [
-        entry
-        for entry in entries
-        if entry["cider"] >= best["cider"] - tolerance and entry["bleu_4"] >= best["bleu_4"] - bleu_tolerance
-    ]
+    tolerances = {"cider": tolerance} if bleu_tolerance is None else {"cider": tolerance, "bleu_4": bleu_tolerance}
+    least = {name: max(entry[name] for entry in entries) - within for name, within in tolerances.items()}
+    good = [entry for entry in entries if all(entry[name] >= value for name, value in least.items())]
     if not good:
         return max(entries, key=lambda entry: entry["cider"])
     return max(good, key=lambda entry: entry["vocabulary"])
@@ -159,26 +159,24 @@ def main():
     config.rbm_guidance_order, config.rbm_rerank_candidates = args.order, args.candidates
 
     plain = tune_plain(model, held_back, log_frequency, args)
-    guide = [held_back.measure(model, rbm_guidance=beta, rbm_rerank=False) for beta in args.guidance]
-    config.rbm_guidance = most_varied(guide, args.guide_tolerance)["rbm_guidance"]
-    outputs, parts = candidate_parts(model, processor, store, range(len(rows)), args.candidates)
-    cider = np.array([[held_back.scorer.score(i, text) for text in of_image] for i, of_image in enumerate(outputs)])
-    chosen, tried = tune_rerank(parts, cider)
-    rerank = {
-        "first_candidate": 100 * cider[:, 0].mean(),
-        "random_candidate": 100 * cider.mean(),
-        "oracle": 100 * cider.max(1).mean(),
-        "best": tried[:10],
-        "without_pmi": max(score for score, weights in tried if weights["rbm_rerank_pmi"] == 0),
-        "by_similarity": {
-            kind: max(score for score, weights in tried if weights["rbm_rerank_similarity"] == kind)
-            for kind in SIMILARITIES
-        },
-        "without_consensus": max(score for score, weights in tried if weights["rbm_rerank_consensus"] == 0),
-    }
+    tried, candidates = [], {}
+    for beta in args.guidance:
+        outputs, parts = candidate_parts(model, processor, store, range(len(rows)), args.candidates, rbm_guidance=beta)
+        cider = np.array([[held_back.scorer.score(i, text) for text in of] for i, of in enumerate(outputs)])
+        tried += [{"rbm_guidance": beta} | setting for setting in tune_rerank(outputs, parts, cider)]
+        candidates[beta] = {
+            "first_candidate": 100 * cider[:, 0].mean(),
+            "random_candidate": 100 * cider.mean(),
+            "oracle": 100 * cider.max(1).mean(),
+        }
+    chosen = most_varied(tried, args.rerank_tolerance)
+    rerank = {"candidates": candidates, "best": sorted(tried, key=lambda t: -t["cider"])[:10], "chosen": chosen}
+    rerank |= {name: best_by(tried, name) for name in ("rbm_guidance", *RERANK_GRID)}
     print(json.dumps(rerank, indent=1))
-    for name, value in {"rbm_rerank": True, **chosen}.items():
+    settings = {name: value for name, value in chosen.items() if name.startswith("rbm_")}
+    for name, value in {"rbm_rerank": True, **settings}.items():
         setattr(config, name, value)
+    guide = held_back.measure(model, rbm_rerank=False)
     save_captioner(model, processor, args.output_dir, half=args.half)
     chosen_plain = most_varied(plain, args.tolerance, args.bleu_tolerance)
     report = {
@@ -187,7 +185,6 @@ def main():
         "chosen_plain": chosen_plain,
         "guide": guide,
         "rerank": rerank,
-        "chosen": chosen,
     }
     write_json(Path(args.output_dir) / "tuning.json", report)
 
