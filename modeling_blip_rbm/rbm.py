@@ -239,9 +239,9 @@ def gain_weights(U: torch.Tensor, order: str) -> torch.Tensor:
 
 def gain_moments(a: torch.Tensor, order: str, than: Optional[torch.Tensor] = None) -> torch.Tensor:
     """Mean (..., H) of the hidden units with input a, for "second" (..., 2H) with their variance; less those with input `than`."""
-    q = torch.sigmoid(a)
-    moments = q if order == "first" else torch.cat([q, q * (1 - q)], -1)
-    return moments if than is None else moments - gain_moments(than, order)
+    q = torch.sigmoid(a if than is None else torch.stack([a, than]))
+    moments = q if order == "first" else torch.cat([q, q - q * q], -1)
+    return moments if than is None else moments[0] - moments[1]
 
 
 def pointwise_mutual_information(p: RBMParameters, a_image: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

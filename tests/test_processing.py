@@ -122,3 +122,17 @@ def test_special_tokens_are_saved_for_both_transformers(processor, tmp_path):
     assert settings["additional_special_tokens"] == ["[ENC]"]
     again = BlipRBMProcessor.from_pretrained(tmp_path).tokenizer
     assert again.tokenize("a [ENC] dog")[1] == "[ENC]" and "[ENC]" in again.all_special_tokens
+
+
+def test_padding_is_as_asked_for(processor):
+    texts = ["a dog", "two dog on the grass"]
+    alone = [processor(text=text)["input_ids"][0].tolist() for text in texts]
+    ragged = processor(text=texts, padding=False, return_tensors=None)
+    assert ragged["input_ids"] == alone and [sum(row) for row in ragged["attention_mask"]] == [
+        len(row) for row in alone
+    ]
+    with pytest.raises(ValueError, match="padding=True"):
+        processor(text=texts, padding=False)
+    wide = processor(text=texts, padding="max_length", max_length=11, return_tensors="np")
+    assert wide["input_ids"].shape == wide["attention_mask"].shape == (2, 11)
+    assert [row[: len(one)].tolist() for row, one in zip(wide["input_ids"], alone)] == alone
