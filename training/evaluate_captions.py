@@ -225,7 +225,7 @@ def main():
                 if name.startswith("rbm_") and name not in ("rbm_word_ids", "rbm_confidence", "rbm_match")
             },
             "rbm_words": len(config.rbm_word_ids),
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": sum(p.numel() for p in fitted),
             "systems": systems,
             "difference": difference,
             "ablation": alone,

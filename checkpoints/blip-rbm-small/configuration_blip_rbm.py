@@ -56,6 +56,8 @@ class BlipRBMConfig(BlipConfig):
             mean of the other tokens], V = 2C), "mean" (V = C) or "mean_max" ([mean ; greatest of each channel], V = 2C).
             Default: "cls_mean" for towers with a CLS token, else "mean".
         rbm_visible_size (`int`, *optional*): V. Follows from tower and pooling; given, it must agree.
+        rbm_num_phrases (`int`, defaults to 0): P, n-grams of which the hidden causes tell how likely they are said
+            (`phrases_blip_rbm.PhraseBlock`, `training/fit_phrases.py`).
         rbm_cause_tokens (`int`, defaults to 0): m, tokens made of the hidden causes that refine appends to the image's.
         rbm_guidance (`float`, defaults to 0.0): beta, weight of the word gains (nats) on the decoder's logits. 0: off.
         rbm_guidance_clip (`float`, defaults to 5.0): bound on a word's gain, in nats.
@@ -65,6 +67,7 @@ class BlipRBMConfig(BlipConfig):
         rbm_rerank_candidates (`int`, defaults to 10): beams (or samples) among which to choose, at least.
         rbm_rerank_pmi (`float`, defaults to 0.0): weight of the RBM's pointwise mutual information (nats).
         rbm_rerank_consensus (`float`, defaults to 0.0): weight of the mean similarity to the other candidates.
+        rbm_rerank_cider (`float`, defaults to 0.0): weight of the CIDEr-D that the hidden causes let expect of a candidate.
         rbm_rerank_similarity (`str`, defaults to "jaccard"): which similarity, see `decoding_blip_rbm.caption_similarity`.
         rbm_rerank_length_penalty (`float`, defaults to 1.0): alpha in log P / length^alpha.
         rbm_confidence (`list[float]`, *optional*): bias and weights of log P per token and of PMI in the log-odds that a
@@ -91,6 +94,7 @@ class BlipRBMConfig(BlipConfig):
         rbm_visible_type="gaussian",
         rbm_pooling=None,
         rbm_visible_size=None,
+        rbm_num_phrases=0,
         rbm_cause_tokens=0,
         rbm_guidance=0.0,
         rbm_guidance_clip=5.0,
@@ -99,6 +103,7 @@ class BlipRBMConfig(BlipConfig):
         rbm_rerank_candidates=10,
         rbm_rerank_pmi=0.0,
         rbm_rerank_consensus=0.0,
+        rbm_rerank_cider=0.0,
         rbm_rerank_similarity="jaccard",
         rbm_rerank_length_penalty=1.0,
         rbm_confidence=None,
@@ -124,6 +129,7 @@ class BlipRBMConfig(BlipConfig):
         self.rbm_visible_type = rbm_visible_type
         self.rbm_pooling = rbm_pooling or ("cls_mean" if tower.model_type in TOWERS_WITH_CLS else "mean")
         self.rbm_visible_size = rbm_visible_size
+        self.rbm_num_phrases = rbm_num_phrases
         self.rbm_cause_tokens = rbm_cause_tokens
         self.rbm_guidance = rbm_guidance
         self.rbm_guidance_clip = rbm_guidance_clip
@@ -132,6 +138,7 @@ class BlipRBMConfig(BlipConfig):
         self.rbm_rerank_candidates = rbm_rerank_candidates
         self.rbm_rerank_pmi = rbm_rerank_pmi
         self.rbm_rerank_consensus = rbm_rerank_consensus
+        self.rbm_rerank_cider = rbm_rerank_cider
         self.rbm_rerank_similarity = rbm_rerank_similarity
         self.rbm_rerank_length_penalty = rbm_rerank_length_penalty
         self.rbm_confidence = rbm_confidence
@@ -180,6 +187,7 @@ class BlipRBMConfig(BlipConfig):
             f"token ids, ascending, unique, from 0 to {vocab_size - 1}",
         )
         check("rbm_hidden_size", is_int(self.rbm_hidden_size, 1), "an int from 1")
+        check("rbm_num_phrases", is_int(self.rbm_num_phrases, 0), "an int from 0")
         check("rbm_cause_tokens", is_int(self.rbm_cause_tokens, 0), "an int from 0")
         check("rbm_visible_type", self.rbm_visible_type in ("gaussian", "binary"), "'gaussian', 'binary'")
         check("rbm_pooling", self.rbm_pooling in POOLINGS, ", ".join(map(repr, POOLINGS)))
@@ -190,8 +198,10 @@ class BlipRBMConfig(BlipConfig):
         check("rbm_rerank_candidates", is_int(self.rbm_rerank_candidates, 1), "an int from 1")
         numbers = self.rbm_confidence or (0, 0, 0)
         check("rbm_confidence", len(numbers) == 3 and all(map(is_number, numbers)), "three finite numbers, or None")
-        for name in ("rbm_rerank_pmi", "rbm_rerank_consensus", "rbm_rerank_length_penalty"):
+        for name in ("rbm_rerank_pmi", "rbm_rerank_consensus", "rbm_rerank_cider", "rbm_rerank_length_penalty"):
             check(name, is_number(getattr(self, name)), "a finite number")
+        fitted = self.rbm_num_phrases > 0 or self.rbm_rerank_cider == 0
+        check("rbm_rerank_cider", fitted, "0 without phrases (rbm_num_phrases is 0: training/fit_phrases.py fits them)")
 
 
 BlipRBMConfig.register_for_auto_class()

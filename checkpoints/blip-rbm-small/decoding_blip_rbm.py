@@ -4,9 +4,11 @@ Axes: R rows (images * beams), T tokens, K words of the RBM, H hidden units, B i
 """
 
 import torch
+import torch.nn.functional as F
 from transformers import LogitsProcessor, StoppingCriteria
 
-from .rbm import RBMParameters, word_gains
+from .phrases_blip_rbm import ORDERS, ngram_numbers
+from .rbm import RBMParameters, gain_moments, word_gains
 
 
 def word_columns(word_ids: list[int], vocab_size: int, device=None) -> torch.Tensor:
@@ -20,6 +22,14 @@ def words_said(token_ids: torch.Tensor, columns: torch.Tensor, num_words: int) -
     """w (R, K) in {0, 1}: which of the RBM's words stand in the token sequences (R, T)."""
     said = torch.zeros(token_ids.shape[0], num_words + 1, device=token_ids.device)
     return said.scatter_(1, columns[token_ids], 1.0)[:, :num_words]
+
+
+def input_of_words(U: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """U'w (R, H) of the words that stand in token sequences, given the columns (R, T) of their tokens, K for tokens that have none. As
+    `words_said` @ U, but reads the rows of these words alone."""
+    times = (columns[:, :, None] == columns[:, None]).sum(-1)
+    once = torch.where(columns < len(U), 1 / times, 0.0)
+    return F.embedding_bag(columns.clamp(max=len(U) - 1), U, per_sample_weights=once.to(U.dtype), mode="sum")
 
 
 class RBMGuidance(LogitsProcessor):
@@ -37,6 +47,8 @@ class RBMGuidance(LogitsProcessor):
         causes: h (B, H), sampled hidden causes that these captions shall be about: word k gains diversity * U_k'(h - q), its
             log-odds given h less those given the mean, q = P(h | x).
         diversity: weight of the causes.
+        product: what multiplies `rbm.gain_moments` with `rbm.gain_weights` of this order (`linear_blip_rbm.product_with`), where that is
+            faster; None: `rbm.word_gains`.
     """
 
     def __init__(
@@ -50,8 +62,9 @@ class RBMGuidance(LogitsProcessor):
         order="exact",
         causes=None,
         diversity=0.0,
+        product=None,
     ):
-        self.parameters, self.hidden_input = parameters, hidden_input
+        self.parameters, self.hidden_input, self.product = parameters, hidden_input, product
         self.shift = None
         if causes is not None:
             shift = (causes - torch.sigmoid(hidden_input)) @ parameters.U.T  # (B, K)
@@ -61,20 +74,22 @@ class RBMGuidance(LogitsProcessor):
         self.beta, self.clip, self.order = beta, clip, order
 
     def gains(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """g (R, K) in nats, zero for words already said."""
-        return self._gains(words_said(input_ids, self.columns, len(self.word_ids)))
-
-    def _gains(self, said: torch.Tensor) -> torch.Tensor:
-        p = self.parameters
-        explained = said @ p.U  # (R, H)
-        a = self.hidden_input.repeat_interleave(said.shape[0] // self.hidden_input.shape[0], 0)
-        gains = word_gains(p, a + explained, self.order, than=p.c + explained)
-        return gains.clamp(-self.clip, self.clip) * (1 - said)
+        """g (R, K) in nats of the words after the tokens (R, T), zero for words already said."""
+        columns = self.columns[input_ids]
+        explained = input_of_words(self.parameters.U, columns)
+        a = self.hidden_input.repeat_interleave(len(input_ids) // len(self.hidden_input), 0) + explained
+        than = self.parameters.c + explained
+        if self.product is None:
+            gains = word_gains(self.parameters, a, self.order, than)
+        else:
+            gains = self.product(gain_moments(a, self.order, than))
+        # the column after the last is for tokens that are no words
+        return F.pad(gains.clamp_(-self.clip, self.clip), (0, 1)).scatter_(1, columns, 0.0)[:, :-1]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        said = words_said(input_ids, self.columns, len(self.word_ids))
-        bonus = self.beta * self._gains(said) if self.beta else 0.0
+        bonus = self.beta * self.gains(input_ids) if self.beta else 0.0
         if self.shift is not None:
+            said = words_said(input_ids, self.columns, len(self.word_ids))
             bonus = bonus + self.shift.repeat_interleave(len(input_ids) // len(self.shift), 0) * (1 - said)
         return scores.index_add(1, self.word_ids, bonus.to(scores.dtype))
 
@@ -96,17 +111,9 @@ SIMILARITIES = ("jaccard", "overlap", "cosine", "ngram", "hidden_js", "hidden_kl
 def ngram_counts(sequences: torch.Tensor, n: int, ignored: tuple[int, ...]) -> torch.Tensor:
     """(B, m, G) how often each n-gram of an image's m captions (B, m, T) stands in each; none over an ignored token.
 
-    G is the number of different n-grams in the batch. n-grams are numbers to the base of the largest token id: exact up
-    to n = 4 for a vocabulary of 55,000.
+    G is the number of different n-grams in the batch.
     """
-    base = int(sequences.max()) + 1
-    length = sequences.shape[-1] - n + 1
-    dropped = torch.isin(sequences, torch.tensor(ignored, device=sequences.device))
-    number = torch.zeros_like(sequences[..., :length])
-    kept = torch.ones_like(number, dtype=torch.bool)
-    for i in range(n):
-        number = number * base + sequences[..., i : i + length]
-        kept &= ~dropped[..., i : i + length]
+    number, kept = ngram_numbers(sequences, n, ignored, base=int(sequences.max()) + 2)
     ngrams, index = torch.unique(number, return_inverse=True)
     counts = torch.zeros(*sequences.shape[:2], len(ngrams), device=sequences.device)
     return counts.scatter_add_(2, index, kept.to(counts.dtype))
@@ -124,12 +131,12 @@ def caption_similarity(sequences, kind: str, ignored: tuple[int, ...], q=None) -
     """
     if kind == "ngram":
         total = 0.0
-        for n in range(1, min(4, sequences.shape[-1]) + 1):
+        for n in ORDERS[: sequences.shape[-1]]:
             counts = ngram_counts(sequences, n, ignored)
             norm = counts.norm(dim=-1).clamp(min=1e-6)
             clipped = torch.stack([(torch.minimum(c[:, None], c[None]) * c[None]).sum(-1) for c in counts])
             total = total + clipped / (norm[:, :, None] * norm[:, None])
-        return total / 4
+        return total / len(ORDERS)
     if kind in ("hidden_js", "hidden_kl"):
         p = q.clamp(1e-6, 1 - 1e-6)
         entropy = lambda r: -(r * r.log() + (1 - r) * (1 - r).log())
@@ -156,6 +163,21 @@ def consensus(similarity: torch.Tensor) -> torch.Tensor:
     return (similarity.sum(-1) - similarity.diagonal(dim1=1, dim2=2)) / max(n - 1, 1)
 
 
-def rerank_scores(log_prob, length, pmi, agreement, length_penalty: float, l_pmi: float, l_consensus: float):
-    """log P(caption | image) / length^alpha + l1 * PMI + l2 * consensus, all (B, n)."""
-    return log_prob / length.clamp(min=1) ** length_penalty + l_pmi * pmi + l_consensus * agreement
+def rerank_scores(parts: dict, settings: dict) -> torch.Tensor:
+    """(B, n) log P(caption | image) / length^alpha + l1 * PMI + l2 * consensus + l3 * expected CIDEr-D.
+
+    Args:
+        parts: of `candidate_parts`, (B, n) each; those whose weight is 0 may be left out.
+        settings: `rbm_rerank_length_penalty` alpha, `rbm_rerank_pmi` l1, `rbm_rerank_consensus` l2 with its `rbm_rerank_similarity`, and
+            `rbm_rerank_cider` l3, as in the config.
+    """
+    score = parts["log_prob"] / parts["length"].clamp(min=1) ** settings["rbm_rerank_length_penalty"]
+    weights = {
+        "pmi": settings["rbm_rerank_pmi"],
+        settings["rbm_rerank_similarity"]: settings["rbm_rerank_consensus"],
+        "cider": settings["rbm_rerank_cider"],
+    }
+    for name, weight in weights.items():
+        if weight:
+            score = score + weight * parts[name]
+    return score

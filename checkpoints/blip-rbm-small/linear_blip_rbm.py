@@ -13,7 +13,7 @@ import functools
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,9 @@ from transformers.models.blip.modeling_blip_text import BlipTextIntermediate
 
 
 BLOCK = 512  # rows at a time of a product in 8 bits, so that its 32-bit sums stay in the cache
-_kept = weakref.WeakKeyDictionary()  # module -> {in 8 bits or not: (what its weight was, the weight packed)}
+_kept = (
+    weakref.WeakKeyDictionary()
+)  # module -> {in 8 bits or not, or what was made of it: (what its weight was, the weight packed)}
 
 
 class PackableLinear(nn.Linear):
@@ -151,13 +153,27 @@ def packing_pays(dtype: torch.dtype, threads: int, rows: int = 12, size: int = 7
     return close and seconds[1] < 0.9 * seconds[0]
 
 
+def _state(weights) -> list[tuple]:
+    return [(w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.sum().item()) for w in weights]
+
+
+def product_with(module: nn.Module, source: torch.Tensor, weight_of: Callable):
+    """x -> x @ weight_of(source).T, its weight packed where that pays. Kept with the module until the source, one of its weights, changes."""
+    if not _can_pack(source, False):
+        weight = weight_of(source)
+        return lambda x: F.linear(x, weight)
+    state, kept = _state([source]), _kept.setdefault(module, {})
+    if weight_of not in kept or kept[weight_of][0] != state:
+        kept[weight_of] = state, _pack(weight_of(source))
+    return lambda x: _product(x, kept[weight_of][1])
+
+
 def _packed(module: PackableLinear, int8: bool):
     """Weight, packed, and bias of a layer and of those joined to it. Packed anew only if one has changed; their sums are asked for
     because `weight.data` can change behind PyTorch's back."""
     layers = module.joined or (module,)
     weights = [layer.weight for layer in layers]
-    state = [(w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, w.sum().item()) for w in weights]
-    kept = _kept.setdefault(module, {})
+    state, kept = _state(weights), _kept.setdefault(module, {})
     if int8 not in kept or kept[int8][0] != state:
         kept[int8] = state, (_pack_int8 if int8 else _pack)(torch.cat(weights) if module.joined else weights[0])
     biases = [layer.bias for layer in layers if layer.bias is not None]

@@ -11,6 +11,7 @@ T text tokens, V = 2C or C pooled image units, H hidden causes, K words of the R
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
@@ -42,8 +43,9 @@ from .decoding_blip_rbm import (
     word_columns,
     words_said,
 )
-from .linear_blip_rbm import make_packable, with_packed_linears
-from .rbm import JointRBM, bernoulli, pointwise_mutual_information, word_gains
+from .linear_blip_rbm import make_packable, product_with, with_packed_linears
+from .phrases_blip_rbm import PhraseBlock
+from .rbm import JointRBM, bernoulli, gain_weights, pointwise_mutual_information, word_gains
 
 
 try:  # transformers 5: initialises only what a checkpoint did not give
@@ -52,6 +54,8 @@ except ImportError:
     from torch.nn import init
 
 logger = logging.get_logger(__name__)
+
+WEIGHTS_OF_GAINS = {order: partial(gain_weights, order=order) for order in ("first", "second")}  # each is made once
 
 
 def _files_of_the_package():  # never called: transformers copies along with a model the files that this one imports
@@ -152,6 +156,9 @@ class RBMLayer(nn.Module):
         self.shift = nn.Linear(config.rbm_hidden_size, width, bias=False)
         if self.cause_tokens:
             self.causes = nn.Linear(config.rbm_hidden_size, self.cause_tokens * width, bias=False)
+        self.phrases = None
+        if config.rbm_num_phrases:
+            self.phrases = PhraseBlock(config.rbm_num_phrases, config.rbm_hidden_size, config.text_config.vocab_size)
         self.gate = nn.Parameter(torch.zeros(1))  # 0: refine is the identity, and so a converted BLIP is BLIP
 
     def hidden_input(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, N, C) -> a (B, H)
@@ -345,6 +352,13 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         if rbm:
             image_embeds = self.rbm_layer.refine(image_embeds, hidden_input)
         return ImageEncoding(image_embeds, hidden_input)
+
+    def set_phrases(self, phrases: Optional[PhraseBlock]):
+        """Give the RBM these phrases, or, as when it learns on and its causes change, none."""
+        self.rbm_layer.phrases = phrases
+        self.config.rbm_num_phrases = 0 if phrases is None else len(phrases.numbers)
+        if phrases is None:
+            self.config.rbm_rerank_cider = 0.0
 
     def optimize_for_inference(self):
         """Fold the vision tower (`folded_tower`), in place; the model itself. Afterwards it captions, but can be neither trained nor
@@ -620,16 +634,13 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         return ids, mask
 
     def _guidance(self, hidden_input, beta: float, **causes) -> RBMGuidance:
-        config = self.config
+        config, rbm = self.config, self.rbm_layer.rbm
+        p, order, product = rbm.parameters_fp32, config.rbm_guidance_order, None
+        if order != "exact" and self.pack_linears:
+            product = product_with(rbm, p.U, WEIGHTS_OF_GAINS[order])
+        vocab_size, clip = config.text_config.vocab_size, config.rbm_guidance_clip
         return RBMGuidance(
-            self.rbm_layer.rbm.parameters_fp32,
-            hidden_input,
-            config.rbm_word_ids,
-            config.text_config.vocab_size,
-            beta,
-            config.rbm_guidance_clip,
-            config.rbm_guidance_order,
-            **causes,
+            p, hidden_input, config.rbm_word_ids, vocab_size, beta, clip, order, product=product, **causes
         )
 
     @torch.no_grad()
@@ -743,8 +754,8 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             similarities: kinds of `decoding_blip_rbm.caption_similarity`; default the config's.
 
         Returns:
-            `log_prob` by the decoder (nats), `length` (tokens), `pmi` by the RBM (nats), and of every similarity, under its
-            name, the consensus.
+            `log_prob` by the decoder (nats), `length` (tokens), `pmi` by the RBM (nats), `cider` that it expects, if it has phrases, and
+            of every similarity, under its name, the consensus.
         """
         config, p = self.config, self.rbm_layer.rbm.parameters_fp32
         text = config.text_config
@@ -755,22 +766,17 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         parts = {"log_prob": log_prob.view(-1, n), "length": length.view(-1, n), "pmi": pmi}
         q = torch.sigmoid(encoding.hidden_input[:, None] + words @ p.U)
         special = (text.pad_token_id, text.sep_token_id, text.bos_token_id)
+        sequences = sequences.view(len(words), n, -1)
+        if config.rbm_num_phrases:
+            causes = torch.sigmoid(encoding.hidden_input)
+            parts["cider"] = self.rbm_layer.phrases.expected_cider(causes, sequences, special)
         for kind in similarities or (config.rbm_rerank_similarity,):
-            parts[kind] = consensus(caption_similarity(sequences.view(len(words), n, -1), kind, special, q))
+            parts[kind] = consensus(caption_similarity(sequences, kind, special, q))
         return parts
 
     def candidate_scores(self, encoding: ImageEncoding, sequences: torch.Tensor, scored=None) -> torch.Tensor:
         """(B, n) by which re-rank chooses among the candidates (B * n, T) of B images; `scored` as of `candidate_parts`."""
-        config, parts = self.config, self.candidate_parts(encoding, sequences, scored=scored)
-        return rerank_scores(
-            parts["log_prob"],
-            parts["length"],
-            parts["pmi"],
-            parts[config.rbm_rerank_similarity],
-            config.rbm_rerank_length_penalty,
-            config.rbm_rerank_pmi,
-            config.rbm_rerank_consensus,
-        )
+        return rerank_scores(self.candidate_parts(encoding, sequences, scored=scored), vars(self.config))
 
 
 def _setting(kwargs: dict, generation_config, name: str, default):

@@ -98,29 +98,37 @@ class BlipRBMProcessor(ProcessorMixin):
             if not images:
                 raise ValueError("the list of images is empty: give at least one image")
             loaded = [load_image(image) for image in images]
-            data["pixel_values"] = self.image_processor(loaded, return_tensors="pt")["pixel_values"]
+            pixel_values = self.image_processor(loaded, return_tensors="pt" if return_tensors == "pt" else "np")[
+                "pixel_values"
+            ]
+            data["pixel_values"] = pixel_values if return_tensors in ("pt", "np") else pixel_values.tolist()
         if text is not None:
             as_prompt = images is not None if as_prompt is None else as_prompt
-            data |= self.encode_text([text] if isinstance(text, str) else list(text), as_prompt, padding, **kwargs)
-        if return_tensors != "pt":
-            data = {name: value.numpy() if return_tensors == "np" else value.tolist() for name, value in data.items()}
+            texts = [text] if isinstance(text, str) else list(text)
+            data |= self.encode_text(texts, as_prompt, padding, return_tensors=return_tensors, **kwargs)
         return BatchFeature(data)
 
-    def encode_text(self, texts: list[str], as_prompt: bool, padding=True, max_length=None, **kwargs) -> dict:
-        """input_ids and attention_mask (B, T) as the decoder reads them."""
+    def encode_text(
+        self, texts: list[str], as_prompt: bool, padding=True, max_length=None, return_tensors="pt", **kwargs
+    ) -> dict:
+        """input_ids and attention_mask (B, T) as the decoder reads them.
+
+        Args:
+            padding: as of tokenizers: True, "longest", "max_length" or False; then, texts of several lengths fit in no tensor, and
+                `return_tensors=None` gives lists.
+            max_length: tokens at most.
+        """
         tokenizer = self.tokenizer
         ids = tokenizer(texts, add_special_tokens=False, truncation=False, **kwargs)["input_ids"]
         ids = [[tokenizer.bos_token_id, *row, *([] if as_prompt else [tokenizer.sep_token_id])] for row in ids]
-        if max_length is not None:
-            ids = [row[:max_length] for row in ids]
-        longest = max(len(row) for row in ids)
-        pads = [[0] * (longest - len(row)) for row in ids]  # BERT's [PAD] is token 0
-        ones = [[1] * len(row) for row in ids]
-        join = (lambda pad, row: pad + row) if as_prompt else (lambda pad, row: row + pad)
-        return {
-            "input_ids": torch.tensor([join(p, row) for p, row in zip(pads, ids)]),
-            "attention_mask": torch.tensor([join(p, row) for p, row in zip(pads, ones)]),
-        }
+        rows = {"input_ids": [row if max_length is None else row[:max_length] for row in ids]}
+        rows["attention_mask"] = [[1] * len(row) for row in rows["input_ids"]]
+        side = "left" if as_prompt else "right"
+        return dict(
+            tokenizer.pad(
+                rows, padding=padding, max_length=max_length, padding_side=side, return_tensors=return_tensors
+            )
+        )
 
     def save_pretrained(self, save_directory, **kwargs):
         """As transformers' own. What 5 writes is made readable for 4: the list of special tokens had another name there."""

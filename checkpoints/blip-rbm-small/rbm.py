@@ -223,18 +223,25 @@ def word_gains(
     """
     if order not in WORD_GAIN_ORDERS:
         raise ValueError(f"order is {order!r}; allowed: {', '.join(WORD_GAIN_ORDERS)}")
-    q = torch.sigmoid(a)
     if order == "exact":
+        q = torch.sigmoid(a)
         expm1 = torch.expm1(p.U)
         rows = [torch.log1p(row * expm1).sum(-1) for row in q.reshape(-1, q.shape[-1])]  # a row at a time: K*H memory
         gains = torch.stack(rows).reshape(*q.shape[:-1], -1)
         return gains if than is None else gains - word_gains(p, than)
-    mean, variance = q, q * (1 - q)
-    if than is not None:
-        q = torch.sigmoid(than)
-        mean, variance = mean - q, variance - q * (1 - q)
-    gains = mean @ p.U.T
-    return gains if order == "first" else gains + 0.5 * variance @ (p.U**2).T
+    return gain_moments(a, order, than) @ gain_weights(p.U, order).T
+
+
+def gain_weights(U: torch.Tensor, order: str) -> torch.Tensor:
+    """What the expansions of `word_gains` multiply `gain_moments` with: (K, H) U, for "second" (K, 2H) [U ; 1/2 U^2]."""
+    return U if order == "first" else torch.cat([U, 0.5 * U**2], -1)
+
+
+def gain_moments(a: torch.Tensor, order: str, than: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Mean (..., H) of the hidden units with input a, for "second" (..., 2H) with their variance; less those with input `than`."""
+    q = torch.sigmoid(a if than is None else torch.stack([a, than]))
+    moments = q if order == "first" else torch.cat([q, q - q * q], -1)
+    return moments if than is None else moments[0] - moments[1]
 
 
 def pointwise_mutual_information(p: RBMParameters, a_image: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
