@@ -208,7 +208,8 @@ def main():
         images = dataset["image"]
         pictures.draw(args.pictures, model, processor, store, images, captions, scores, difference["CIDEr-D"])
         print(f"pictures in {args.pictures}")
-    config = model.config
+    config, phrases = model.config, model.rbm_layer.phrases
+    fitted = [*model.parameters(), *([phrases.weight, phrases.bias] if phrases is not None else [])]
     write_json(
         args.output,
         {

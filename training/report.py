@@ -55,7 +55,7 @@ def results_table(results: dict) -> str:
 
 def seeds_table(seeds: list[dict]) -> str:
     """The difference that the RBM makes, of RBMs trained from different seeds."""
-    lines = ["| seed | CIDEr-D | BLEU-4 | ROUGE-L | METEOR | vocabulary |", "|---" * 6 + "|"]
+    lines = ["| seed | CIDEr-D | BLEU-4 | ROUGE-L | METEOR | vocabulary | novel |", "|---" * 7 + "|"]
     for number, results in enumerate(seeds):
         blip, ours = results["systems"].values()
         cells = [
@@ -64,6 +64,7 @@ def seeds_table(seeds: list[dict]) -> str:
         ]
         cells.append(f"{ours['METEOR'] - blip['METEOR']:+.1f}" if "METEOR" in ours else "")
         cells.append(f"{ours['vocabulary'] / blip['vocabulary'] - 1:+.0%}")
+        cells.append(f"{100 * (ours['novel'] - blip['novel']):+.1f}" if "novel" in ours else "")
         lines.append(f"| {number} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
