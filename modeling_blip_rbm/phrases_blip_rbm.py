@@ -99,7 +99,9 @@ class PhraseBlock(nn.Module):
         images, n, _ = sequences.shape
         flat = sequences.flatten(0, 1)
         columns, values = self.vectors(flat, ignored)
-        of_causes = F.embedding_bag(columns, self.weight, per_sample_weights=values, mode="sum").view(images, n, -1)
-        expected = (of_causes @ hidden[:, :, None])[..., 0] + (self.bias[columns] * values).sum(-1).view(images, n)
+        weights = values.to(self.weight.dtype)  # the model may have been put into half precision
+        of_causes = F.embedding_bag(columns, self.weight, per_sample_weights=weights, mode="sum").view(images, n, -1)
+        expected = (of_causes.float() @ hidden.float()[:, :, None])[..., 0]
+        expected = expected + (self.bias[columns] * values).sum(-1).view(images, n)
         length = (~torch.isin(flat, torch.tensor(ignored, device=flat.device))).sum(-1).clamp(max=MAX_LENGTH)
         return 10 / len(ORDERS) * expected * self.length_factor[length].view(images, n)

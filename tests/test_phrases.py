@@ -150,6 +150,13 @@ def test_rerank_asks_for_the_expected_cider(model, pixel_values, block, tmp_path
     model.save_pretrained(tmp_path)
     loaded = BlipRBMForConditionalGeneration.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded.candidate_parts(encoding, candidates)["cider"], parts["cider"])
+    half = loaded.to(torch.bfloat16)
+    out = half.generate(pixel_values, rbm_rerank=True, max_new_tokens=9, return_dict_in_generate=True)
+    assert out.rerank_scores.isfinite().all()
+    got = half.rbm_layer.phrases.expected_cider(
+        torch.sigmoid(encoding.hidden_input), candidates.view(5, 7, -1), special
+    )
+    torch.testing.assert_close(got.float(), parts["cider"], atol=0.02, rtol=0.02)
     model.set_phrases(None)
     assert model.config.rbm_num_phrases == model.config.rbm_rerank_cider == 0
     assert "cider" not in model.candidate_parts(encoding, candidates)

@@ -60,10 +60,10 @@ class TuningArguments:
 
 
 RERANK_GRID = {
-    "rbm_rerank_length_penalty": (0.0, 0.5, 1.0),
-    "rbm_rerank_pmi": (0.0, 0.05, 0.1, 0.2, 0.4, 0.8),
+    "rbm_rerank_length_penalty": (0.0, 0.5, 0.75, 1.0),
+    "rbm_rerank_pmi": (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
     "rbm_rerank_consensus": (0.0, 2.0, 4.0, 8.0, 16.0),
-    "rbm_rerank_cider": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+    "rbm_rerank_cider": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0),
     "rbm_rerank_similarity": SIMILARITIES,
 }
 
