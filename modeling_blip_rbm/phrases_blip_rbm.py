@@ -46,10 +46,6 @@ def ngram_numbers(sequences: torch.Tensor, n: int, ignored: tuple[int, ...], bas
     return number, kept
 
 
-def phrase_base(vocab_size: int) -> int:
-    return vocab_size + 1
-
-
 def length_factors(lengths: torch.Tensor) -> torch.Tensor:
     """f (MAX_LENGTH + 1,): what is left of CIDEr-D, on average over references with these numbers of tokens, of a caption of 0, 1, ... tokens."""
     own = torch.arange(MAX_LENGTH + 1, dtype=torch.float)
@@ -67,7 +63,7 @@ class PhraseBlock(nn.Module):
 
     def __init__(self, num_phrases: int, hidden_size: int, vocab_size: int):
         super().__init__()
-        self.base = phrase_base(vocab_size)
+        self.base = vocab_size + 1
         self.register_buffer("numbers", torch.zeros(num_phrases, dtype=torch.long))
         self.register_buffer("idf", torch.zeros(num_phrases))
         self.register_buffer("unknown_idf", torch.zeros(()))

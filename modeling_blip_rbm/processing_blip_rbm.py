@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 from transformers import __version__ as transformers_version
@@ -98,10 +97,9 @@ class BlipRBMProcessor(ProcessorMixin):
             if not images:
                 raise ValueError("the list of images is empty: give at least one image")
             loaded = [load_image(image) for image in images]
-            pixel_values = self.image_processor(loaded, return_tensors="pt" if return_tensors == "pt" else "np")[
-                "pixel_values"
-            ]
-            data["pixel_values"] = pixel_values if return_tensors in ("pt", "np") else pixel_values.tolist()
+            pixel_values = self.image_processor(loaded, return_tensors="pt")["pixel_values"]  # all that fast ones give
+            forms = {"pt": lambda x: x, "np": lambda x: x.numpy(), None: lambda x: x.tolist()}
+            data["pixel_values"] = forms[return_tensors](pixel_values)
         if text is not None:
             as_prompt = images is not None if as_prompt is None else as_prompt
             texts = [text] if isinstance(text, str) else list(text)
@@ -123,12 +121,10 @@ class BlipRBMProcessor(ProcessorMixin):
         ids = [[tokenizer.bos_token_id, *row, *([] if as_prompt else [tokenizer.sep_token_id])] for row in ids]
         rows = {"input_ids": [row if max_length is None else row[:max_length] for row in ids]}
         rows["attention_mask"] = [[1] * len(row) for row in rows["input_ids"]]
-        side = "left" if as_prompt else "right"
-        return dict(
-            tokenizer.pad(
-                rows, padding=padding, max_length=max_length, padding_side=side, return_tensors=return_tensors
-            )
-        )
+        settings = {"padding": padding, "padding_side": "left" if as_prompt else "right"}
+        if padding == "max_length":
+            settings["max_length"] = max_length
+        return dict(tokenizer.pad(rows, return_tensors=return_tensors, **settings))
 
     def save_pretrained(self, save_directory, **kwargs):
         """As transformers' own. What 5 writes is made readable for 4: the list of special tokens had another name there."""

@@ -31,7 +31,7 @@ def ids_of(texts: list[str], length: int = 8) -> torch.Tensor:
 def block():
     words = ids_of([text for of_image in CAPTIONS for text in of_image])
     image = np.repeat(np.arange(5), [len(of_image) for of_image in CAPTIONS])
-    block = choose_phrases(lambda n: PhraseBlock(n, H, VOCAB), words, image, VOCAB + 1, PAD, min_images=1)
+    block = choose_phrases(words, image, PAD, 1, H, VOCAB)
     return block, words, image
 
 
@@ -84,7 +84,7 @@ def idf_of(metric, g) -> float:
 
 def test_rare_phrases_are_left_out(block):
     full, words, image = block
-    few = choose_phrases(lambda n: PhraseBlock(n, H, VOCAB), words, image, VOCAB + 1, PAD, min_images=3)
+    few = choose_phrases(words, image, PAD, 3, H, VOCAB)
     frequency = {}
     for of_image in CAPTIONS:
         for g in set().union(*map(_ngrams, of_image)):
@@ -97,7 +97,7 @@ def test_rare_phrases_are_left_out(block):
     known = few.idf[columns[0, :3]] * (values[0, :3] > 0)
     torch.testing.assert_close(values[0, :2], known[:2] / torch.sqrt((known[:2] ** 2).sum() + np.log(5) ** 2))
     with pytest.raises(ValueError, match="captions of 6 images: lower --min_images"):
-        choose_phrases(lambda n: PhraseBlock(n, H, VOCAB), words, image, VOCAB + 1, PAD, min_images=6)
+        choose_phrases(words, image, PAD, 6, H, VOCAB)
 
 
 def test_lengths_unlike_the_references_cost():

@@ -46,17 +46,17 @@ def words_of(processor, captions: list[list[str]]) -> tuple[torch.Tensor, np.nda
 
 
 def choose_phrases(
-    block_of, words: torch.Tensor, image: np.ndarray, base: int, pad: int, min_images: int
+    words: torch.Tensor, image: np.ndarray, pad: int, min_images: int, hidden_size: int, vocab_size: int
 ) -> PhraseBlock:
-    """A block of the n-grams of captions `words` (m, T) that enough images have, `block_of(their number)`, with their document
-    frequencies.
+    """A block of the n-grams of captions `words` (m, T) that the captions of enough images have, with their document frequencies; `image` (m,)
+    is whose each caption is.
 
     Raises:
         ValueError: if there is none.
     """
     numbers, counts = [], []
     for n in ORDERS:
-        number, kept = ngram_numbers(words, n, (pad,), base)
+        number, kept = ngram_numbers(words, n, (pad,), vocab_size + 1)
         said = np.stack([np.broadcast_to(image[:, None], kept.shape)[kept], number[kept].numpy()])
         number, images = np.unique(np.unique(said, axis=1)[1], return_counts=True)
         numbers.append(number[images >= min_images])
@@ -65,7 +65,7 @@ def choose_phrases(
     if not len(numbers):
         raise ValueError(f"no phrase is said in the captions of {min_images} images: lower --min_images")
     order = numbers.argsort()
-    block, log_images = block_of(len(numbers)), np.log(len(set(image.tolist())))
+    block, log_images = PhraseBlock(len(numbers), hidden_size, vocab_size), np.log(len(set(image.tolist())))
     block.numbers.copy_(numbers[order])
     block.idf.copy_(log_images - counts[order].double().log())
     block.unknown_idf.fill_(log_images)
@@ -121,10 +121,9 @@ def main():
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"][:]
     causes_of = lambda rows, view: torch.sigmoid(rbm.hidden_input(rbm.standardise(store.batch(rows, view))))
-    block_of = lambda num_phrases: PhraseBlock(num_phrases, rbm.hidden_size, text.vocab_size)
     pad = text.pad_token_id
     words, image = words_of(processor, [captions[row] for row in train_rows])
-    block = choose_phrases(block_of, words, image, block_of(0).base, pad, args.min_images)
+    block = choose_phrases(words, image, pad, args.min_images, rbm.hidden_size, text.vocab_size)
     targets = mean_vectors(block, words, image, pad)
     fit(block, [causes_of(train_rows, view) for view in range(store.num_views)], targets, args.ridge)
     model.set_phrases(block)

@@ -23,9 +23,8 @@ from transformers.models.blip.modeling_blip_text import BlipTextIntermediate
 
 
 BLOCK = 512  # rows at a time of a product in 8 bits, so that its 32-bit sums stay in the cache
-_kept = (
-    weakref.WeakKeyDictionary()
-)  # module -> {in 8 bits or not, or what was made of it: (what its weight was, the weight packed)}
+# module -> {in 8 bits or not, or what was made of it: (what its weight was, the weight packed)}
+_kept = weakref.WeakKeyDictionary()
 
 
 class PackableLinear(nn.Linear):

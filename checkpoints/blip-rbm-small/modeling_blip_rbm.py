@@ -696,6 +696,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         kwargs["num_return_sequences"] = n
         if not _setting(kwargs, defaults, "do_sample", False) or num_beams > 1:
             kwargs["num_beams"] = max(num_beams, n)
+            kwargs.setdefault("early_stopping", True)  # n candidates are there; which is the best is asked for below
         as_dict = _setting(kwargs, defaults, "return_dict_in_generate", False)
         with_logits = _setting(kwargs, defaults, "output_logits", False)
         outputs = GenerationMixin.generate(self, **kwargs | {"return_dict_in_generate": True, "output_logits": True})

@@ -46,10 +46,6 @@ def ngram_numbers(sequences: torch.Tensor, n: int, ignored: tuple[int, ...], bas
     return number, kept
 
 
-def phrase_base(vocab_size: int) -> int:
-    return vocab_size + 1
-
-
 def length_factors(lengths: torch.Tensor) -> torch.Tensor:
     """f (MAX_LENGTH + 1,): what is left of CIDEr-D, on average over references with these numbers of tokens, of a caption of 0, 1, ... tokens."""
     own = torch.arange(MAX_LENGTH + 1, dtype=torch.float)
@@ -67,7 +63,7 @@ class PhraseBlock(nn.Module):
 
     def __init__(self, num_phrases: int, hidden_size: int, vocab_size: int):
         super().__init__()
-        self.base = phrase_base(vocab_size)
+        self.base = vocab_size + 1
         self.register_buffer("numbers", torch.zeros(num_phrases, dtype=torch.long))
         self.register_buffer("idf", torch.zeros(num_phrases))
         self.register_buffer("unknown_idf", torch.zeros(()))
@@ -99,7 +95,9 @@ class PhraseBlock(nn.Module):
         images, n, _ = sequences.shape
         flat = sequences.flatten(0, 1)
         columns, values = self.vectors(flat, ignored)
-        of_causes = F.embedding_bag(columns, self.weight, per_sample_weights=values, mode="sum").view(images, n, -1)
-        expected = (of_causes @ hidden[:, :, None])[..., 0] + (self.bias[columns] * values).sum(-1).view(images, n)
+        weights = values.to(self.weight.dtype)  # the model may have been put into half precision
+        of_causes = F.embedding_bag(columns, self.weight, per_sample_weights=weights, mode="sum").view(images, n, -1)
+        expected = (of_causes.float() @ hidden.float()[:, :, None])[..., 0]
+        expected = expected + (self.bias[columns] * values).sum(-1).view(images, n)
         length = (~torch.isin(flat, torch.tensor(ignored, device=flat.device))).sum(-1).clamp(max=MAX_LENGTH)
         return 10 / len(ORDERS) * expected * self.length_factor[length].view(images, n)
