@@ -79,7 +79,7 @@ def candidate_parts(model, processor, store, rows, n: int, batch_size: int = 8, 
     """
     captions, parts = [], []
     if not generate_kwargs.get("do_sample"):
-        generate_kwargs |= {"num_beams": n, "early_stopping": True}  # as `generate` does where it re-ranks
+        generate_kwargs["num_beams"] = n
     for start in tqdm(range(0, len(rows), batch_size), desc="candidates"):
         encoding = model.encode_image(vision_hidden_states=store.batch(rows[start : start + batch_size]))
         sequences = model.generate(encoding=encoding, num_return_sequences=n, rbm_rerank=False, **generate_kwargs)
