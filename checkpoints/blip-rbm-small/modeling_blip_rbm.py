@@ -696,7 +696,6 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         kwargs["num_return_sequences"] = n
         if not _setting(kwargs, defaults, "do_sample", False) or num_beams > 1:
             kwargs["num_beams"] = max(num_beams, n)
-            kwargs.setdefault("early_stopping", True)  # n candidates are there; which is the best is asked for below
         as_dict = _setting(kwargs, defaults, "return_dict_in_generate", False)
         with_logits = _setting(kwargs, defaults, "output_logits", False)
         outputs = GenerationMixin.generate(self, **kwargs | {"return_dict_in_generate": True, "output_logits": True})
@@ -771,13 +770,15 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         if config.rbm_num_phrases:
             causes = torch.sigmoid(encoding.hidden_input)
             parts["cider"] = self.rbm_layer.phrases.expected_cider(causes, sequences, special)
-        for kind in similarities or (config.rbm_rerank_similarity,):
+        for kind in (config.rbm_rerank_similarity,) if similarities is None else similarities:
             parts[kind] = consensus(caption_similarity(sequences, kind, special, q))
         return parts
 
     def candidate_scores(self, encoding: ImageEncoding, sequences: torch.Tensor, scored=None) -> torch.Tensor:
         """(B, n) by which re-rank chooses among the candidates (B * n, T) of B images; `scored` as of `candidate_parts`."""
-        return rerank_scores(self.candidate_parts(encoding, sequences, scored=scored), vars(self.config))
+        config = self.config
+        similarities = (config.rbm_rerank_similarity,) if config.rbm_rerank_consensus else ()
+        return rerank_scores(self.candidate_parts(encoding, sequences, similarities, scored), vars(config))
 
 
 def _setting(kwargs: dict, generation_config, name: str, default):
