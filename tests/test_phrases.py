@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
-from modeling_blip_rbm.phrases_blip_rbm import PhraseBlock, length_factors, ngram_numbers
+from modeling_blip_rbm.decoding_blip_rbm import ngram_numbers
+from modeling_blip_rbm.phrases_blip_rbm import PhraseBlock, length_factors
 from tests.conftest import tiny_config
 from training.fit_phrases import choose_phrases, fit, mean_vectors
 from training.metrics import CiderD

@@ -17,7 +17,8 @@ from scipy.sparse import csr_matrix
 from torch.nn.utils.rnn import pad_sequence
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.phrases_blip_rbm import ORDERS, PhraseBlock, length_factors, ngram_numbers
+from modeling_blip_rbm.decoding_blip_rbm import ORDERS, ngram_numbers
+from modeling_blip_rbm.phrases_blip_rbm import PhraseBlock, length_factors
 from training.arguments import DataArguments, parse_arguments
 from training.checkpoints import refuse_other_output, save_captioner, write_json
 from training.data import split_held_back
