@@ -98,8 +98,9 @@ class BlipRBMProcessor(ProcessorMixin):
                 raise ValueError("the list of images is empty: give at least one image")
             loaded = [load_image(image) for image in images]
             pixel_values = self.image_processor(loaded, return_tensors="pt")["pixel_values"]  # all that fast ones give
-            forms = {"pt": lambda x: x, "np": lambda x: x.numpy(), None: lambda x: x.tolist()}
-            data["pixel_values"] = forms[return_tensors](pixel_values)
+            if return_tensors != "pt":
+                pixel_values = pixel_values.numpy() if return_tensors == "np" else pixel_values.tolist()
+            data["pixel_values"] = pixel_values
         if text is not None:
             as_prompt = images is not None if as_prompt is None else as_prompt
             texts = [text] if isinstance(text, str) else list(text)
