@@ -178,16 +178,45 @@ def test_alignment_learns_and_goes_on(aligned, pairs):
     assert [entry["epoch"] for entry in history] == [20, 40, 60]
 
 
-def test_an_image_and_its_mirror_image_are_one():
-    """Of the views that are cached, those that are no random crops."""
+def test_alignment_on_all_images(aligned, pairs, saved_model):
+    """None held back: the last epoch stays; retrieval in two steps chooses its weights by one run and looks with the other."""
+    work, common = aligned
+    out = in_process(
+        "align", *common, "--kind", "probe", "--held_back", 0, "--epochs", 3, "--output_dir", "all", cwd=work
+    )
+    history = json.loads((work / "all" / "align.json").read_text())["held_back"]
+    assert [entry["epoch"] for entry in history] == [3] and set(history[0]) == {"epoch", "loss"} and "epoch" in out
+    command = [
+        "--runs",
+        "probe",
+        "--captioners",
+        saved_model,
+        "--candidates",
+        2,
+        "--dataset",
+        pairs,
+        "--dtype",
+        "float32",
+    ]
+    command += ["--bank_candidates", 2, "--cache_dir", "all/features"]
+    results = []
+    for number, more in enumerate(([], ["--final_runs", "all"])):
+        in_process("rerank_retrieval", *command, *more, "--output", f"all/{number}.json", cwd=work)
+        results.append(json.loads((work / "all" / f"{number}.json").read_text()))
+    assert results[0]["held_back"] == results[1]["held_back"] and results[0]["runs"] != results[1]["runs"]
+    with pytest.raises(SystemExit):
+        in_process("rerank_retrieval", *command, "--final_runs", "all", "all", "--output", "all/2.json", cwd=work)
+
+
+def test_the_views_of_an_image_are_one():
     views = torch.randn(3, 4, 5)  # of 4 images
     store = SimpleNamespace(num_views=3, batch=lambda rows, view: views[view][rows])
     starts, sentences = np.array([0, 2, 3, 6, 7]), np.random.default_rng(0).normal(size=(7, 11))
     data = AlignmentData([store], [np.arange(5)], sentences, None, starts, np.arange(4), captions=1, seed=0)
     aligner = Projection(5, 11, 3, None, 0.5, "infonce")
     images, texts, owner = embed(aligner, data, np.array([1, 3]))
-    both = aligner.embed_images(views[:2, [1, 3]].flatten(0, 1)).view(2, 2, 3)
-    torch.testing.assert_close(images, both.mean(0))
+    all_three = aligner.embed_images(views[:, [1, 3]].flatten(0, 1)).view(3, 2, 3)
+    torch.testing.assert_close(images, all_three.mean(0))
     assert owner.tolist() == [0, 1] and texts.shape == (2, 3)
 
 

@@ -52,7 +52,10 @@ class AlignArguments(SourceArguments):
     )
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     max_images: Optional[int] = field(default=None, metadata={"help": "use only the first so many images"})
-    held_back: int = field(default=400, metadata={"help": "training images on which the best epoch is chosen"})
+    held_back: int = field(
+        default=400,
+        metadata={"help": "training images on which the best epoch is chosen; 0: train on all, the last epoch stays"},
+    )
     views: int = field(default=1, metadata={"help": "cached views an image: 1 plain, 2 mirrored, more: random crops"})
     cache_dir: str = field(default="runs/features", metadata={"help": "where embeddings are kept"})
     dim: int = field(default=512, metadata={"help": "of the shared space"})
@@ -297,10 +300,10 @@ def set_statistics(energy: Energy, data: AlignmentData):
 
 @torch.no_grad()
 def embed(aligner, data: AlignmentData, rows, size: int = 2048):
-    """What `similarity` takes, of these images and of all their captions; and whose each caption is. Of an image that is cached with its
-    mirror image, the mean of both."""
+    """What `similarity` takes, of these images and of all their captions; and whose each caption is. Of an image that is cached in several
+    views, the mean of them."""
     aligner.eval()
-    views = range(min(data.stores[0].num_views, 2))  # more are random crops
+    views = range(data.stores[0].num_views)
     images_of = lambda part: torch.stack([aligner.embed_images(data.images(part, view)) for view in views]).mean(0)
     captions, owner = data.captions_of(rows)
     images = torch.cat([images_of(part) for part in np.array_split(rows, len(rows) // size + 1)])
@@ -316,7 +319,7 @@ def evaluate(aligner, data: AlignmentData, rows) -> dict[str, float]:
 
 
 def train(accelerator, aligner, data: AlignmentData, held_rows, args: AlignArguments) -> list[dict]:
-    """Train; the layer of the epoch with the best recalls on held-back images stays in `aligner`."""
+    """Train; the layer of the epoch with the best recalls on held-back images, or of the last where none are, stays in `aligner`."""
     output_dir, plain = Path(args.output_dir), aligner
     matrices = [p for p in aligner.parameters() if p.dim() > 1]
     rest = [p for p in aligner.parameters() if p.dim() <= 1]
@@ -349,14 +352,16 @@ def train(accelerator, aligner, data: AlignmentData, held_rows, args: AlignArgum
         if not np.isfinite(total):
             raise FloatingPointError(f"training diverged in epoch {epoch + 1} (loss {total}): lower --learning_rate")
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            entry = {"epoch": epoch + 1, "loss": total, **evaluate(plain, data, held_rows)}
+            entry = {"epoch": epoch + 1, "loss": total} | (evaluate(plain, data, held_rows) if len(held_rows) else {})
             history.append(entry)
+            # with no image held back all sums are 0
             if accelerator.is_main_process and sum_of_recalls(entry) == max(map(sum_of_recalls, history)):
                 output_dir.mkdir(parents=True, exist_ok=True)
                 torch.save(plain.state_dict(), output_dir / "best.tmp")
                 (output_dir / "best.tmp").replace(output_dir / "best.pt")
             checkpoint.save(history)
-            bar.set_postfix({name: f"{entry[name]:.1f}" for name in ("loss", "image_to_text_r1", "text_to_image_r1")})
+            shown = ("loss", "image_to_text_r1", "text_to_image_r1")
+            bar.set_postfix({name: f"{entry[name]:.1f}" for name in shown if name in entry})
     accelerator.wait_for_everyone()
     plain.load_state_dict(torch.load(output_dir / "best.pt", weights_only=True))
     return history
@@ -382,7 +387,7 @@ def main():
     start = time.time()
     history = train(accelerator, aligner, data, held_rows, args)
     if accelerator.is_main_process:
-        best = max(history, key=sum_of_recalls)
+        best = max(history, key=lambda entry: (sum_of_recalls(entry), entry["epoch"]))
         report = {
             "minutes": (time.time() - start) / 60,
             "peak_memory_mb": peak_memory_mb(),

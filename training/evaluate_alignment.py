@@ -70,10 +70,10 @@ def settings_of(run: str, args) -> AlignArguments:
     return AlignArguments(**settings | {"dataset": args.dataset, "cache_dir": args.cache_dir}), report
 
 
-def runs_of(args):
+def runs_of(runs: list[str], args):
     """Of each run: its folder, settings, report, encoders, and what loads a split's data and captions as the run sees them."""
     encoders = {}
-    for run in tqdm(args.runs, desc="runs"):
+    for run in tqdm(runs, desc="runs"):
         settings, report = settings_of(run, args)
         key = (*settings.vision, settings.text)
         encoders[key] = encoders.get(key) or load_encoders(settings)
@@ -116,7 +116,7 @@ def zero_shot(aligner, data, encoders, labels: np.ndarray, classes, cache_dir: s
 @torch.no_grad()
 def evaluate_runs(args) -> dict:
     results, standardised = {}, []
-    for run, settings, report, encoders, load in runs_of(args):
+    for run, settings, report, encoders, load in runs_of(args.runs, args):
         data, captions = load(args.split)
         aligner = trained_aligner(run, settings, data)
         images, texts, owner = embed(aligner, data, data.rows)

@@ -12,7 +12,8 @@ The similarity is the mean of what the runs of `training.align` give, standardis
   what they say of the caption for the training images most like it, so that every word is compared with the regions of the image. The
   first captioner is asked of the best 32, say, and the next of those that are then the best 24.
 
-Their weights are chosen on training images that were held back from both, and applied to the split. Several processes (`accelerate launch`)
+Their weights are chosen on training images that were held back from both, and applied to the split, which may be embedded by runs that were
+trained on all images (`--final_runs`). Several processes (`accelerate launch`)
 share the images; likelihoods are kept beside the features and not asked for again.
 """
 
@@ -22,6 +23,7 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -99,26 +101,30 @@ class Gallery:
 
 
 @torch.no_grad()
-def galleries(args, accelerator) -> tuple[Gallery, Gallery, np.ndarray]:
-    """The held-back training images, the images of the split, and the training images of the bank."""
+def gallery_of(args, runs: list[str], accelerator, split: Optional[str] = None) -> tuple[Gallery, np.ndarray]:
+    """The images of `split`, or (None) the training images that these runs held back, as they see them; and the rows of the bank: the training
+    images that they were trained on, in random order.
+
+    Raises:
+        ValueError: if the runs held back different images.
+    """
     train = load_pairs(args.dataset, args.train_split)
-    of_split = load_pairs(args.dataset, args.split)
-    held, split = None, Gallery(of_split, np.arange(len(of_split)))
-    for run, settings, _, _, load in runs_of(args):
-        if held is None:
+    gallery = None
+    for run, settings, _, _, load in runs_of(runs, args):
+        if gallery is None:
             held_back = settings.held_back
-            rest, held_rows = split_held_back(train, held_back)
-            held = Gallery(train, held_rows)
-            bank_rows = np.random.default_rng(args.seed).permutation(rest)[: args.bank]
+            trained_on, held_rows = split_held_back(train, held_back)
+            of_split = load_pairs(args.dataset, split) if split else train
+            gallery = Gallery(of_split, np.arange(len(of_split)) if split else held_rows)
+            bank_rows = np.random.default_rng(args.seed).permutation(trained_on)[: args.bank]
         elif settings.held_back != held_back:
-            raise ValueError(f"{run} held back {settings.held_back} images, {args.runs[0]} {held_back}: not the same")
+            raise ValueError(f"{run} held back {settings.held_back} images, {runs[0]} {held_back}: not the same")
         with accelerator.main_process_first():  # encodes what is not encoded yet
-            (data, _), (data_of_split, _) = load(args.train_split), load(args.split)
+            data = load(args.train_split)[0]
+            data_of_split = load(split)[0] if split else data
         aligner = trained_aligner(run, settings, data)
-        bank = embed(aligner, data, bank_rows)[:2]
-        held.add(aligner, data, bank)
-        split.add(aligner, data_of_split, bank)
-    return held, split, bank_rows
+        gallery.add(aligner, data_of_split, embed(aligner, data, bank_rows)[:2])
+    return gallery, bank_rows
 
 
 class Likelihoods:
@@ -214,6 +220,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, help="output folders of training.align")
     parser.add_argument("--captioners", nargs="+", required=True, help="folders or Hub ids of BLIP-RBMs")
+    parser.add_argument(
+        "--final_runs",
+        nargs="+",
+        help="the same, in this order, trained on the images that --runs held back as well: for the split",
+    )
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--train_split", default="train")
     parser.add_argument("--split", default="validation")
@@ -240,16 +251,27 @@ def main():
         parser.error(
             f"--candidates {args.candidates}: a number for each of {len(args.captioners)} captioners is needed, none above the one before"
         )
+    args.final_runs = args.final_runs or args.runs
+    if len(args.final_runs) != len(args.runs):
+        parser.error(f"--final_runs {args.final_runs}: one for each of {len(args.runs)} runs is needed")
     accelerator = new_accelerator(args.seed)
-    held, split, bank_rows = galleries(args, accelerator)
+    # weights are chosen on what no run was trained on, and applied to the split
+    galleries = [
+        gallery_of(args, args.runs, accelerator),
+        gallery_of(args, args.final_runs, accelerator, args.split),
+    ]
     start = time.time()
-    for captioner, candidates in zip(args.captioners, args.candidates):
-        likelihoods = Likelihoods(captioner, args.cache_dir, dtype=args.dtype)
-        with accelerator.main_process_first():
-            bank = likelihoods.features(held.dataset), bank_rows[: args.likelihood_bank]
-            likelihoods.features(split.dataset)
-        for gallery in (held, split):
+    for gallery, bank_rows in galleries:
+        for captioner, candidates in zip(args.captioners, args.candidates):
+            likelihoods = Likelihoods(captioner, args.cache_dir, dtype=args.dtype)
+            with accelerator.main_process_first():
+                bank = (
+                    likelihoods.features(load_pairs(args.dataset, args.train_split)),
+                    bank_rows[: args.likelihood_bank],
+                )
+                likelihoods.features(gallery.dataset)
             add_gain(gallery, likelihoods, bank, candidates, args.bank_candidates)
+    (held, _), (split, _) = galleries
     minutes = (time.time() - start) / 60
     ways = choose(held)
     results = {"settings": vars(args), "ways": ways, "images": len(split.similarity), "captions": len(split.owner)}
