@@ -11,6 +11,7 @@ TEXT ?= ../shared/weights/all-minilm-l6-v2
 SECOND ?= ../shared/weights/dinov2-small
 STUDY ?= $(SECOND)@4,6,8,10,12 checkpoints/blip-rbm-small
 RUN = .venv/bin/python
+ALIGNED = probe sail rbm rbm-all rbm-dino
 ALIGN = .venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.align
 
 .DEFAULT_GOAL := help
@@ -41,22 +42,26 @@ test-slow: .venv/installed  ## the checks that take minutes
 	$(RUN) -m pytest -q -m slow
 
 align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, trained and compared; retrieval in two steps (2 hours)
-	for kind in probe sail sail-sigmoid rbm; do \
-		$(ALIGN) training/recipes/align-$$kind.yaml --views 2 --vision $(VISION) checkpoints/blip-rbm-small --text $(TEXT) --dataset $(DATASET) \
-			--output_dir runs/align-$$kind || exit 1; \
+	for held_back in 400 0; do \
+		flags="--views 4 --text $(TEXT) --dataset $(DATASET) --held_back $$held_back"; \
+		for kind in probe sail rbm; do \
+			$(ALIGN) training/recipes/align-$$kind.yaml $$flags --vision $(VISION) checkpoints/blip-rbm-small \
+				--output_dir runs/align-$$held_back/$$kind || exit 1; \
+		done; \
+		$(ALIGN) training/recipes/align-rbm.yaml $$flags --vision $(VISION) $(SECOND)@8,10,12 checkpoints/blip-rbm-small \
+			--output_dir runs/align-$$held_back/rbm-all || exit 1; \
+		$(ALIGN) training/recipes/align-rbm.yaml $$flags --vision $(SECOND)@8,10,12 --output_dir runs/align-$$held_back/rbm-dino || exit 1; \
 	done
-	$(ALIGN) training/recipes/align-rbm.yaml --views 2 --vision $(VISION) $(SECOND)@8,10,12 checkpoints/blip-rbm-small --text $(TEXT) \
-		--dataset $(DATASET) --output_dir runs/align-rbm-all
-	$(ALIGN) training/recipes/align-rbm.yaml --views 2 --vision $(SECOND)@8,10,12 --text $(TEXT) --dataset $(DATASET) \
-		--output_dir runs/align-rbm-dino
-	$(RUN) -m training.evaluate_alignment --runs runs/align-probe runs/align-sail runs/align-sail-sigmoid runs/align-rbm runs/align-rbm-all \
-		runs/align-rbm-dino --dataset $(DATASET) --output benchmarks/results/alignment.json
+	$(ALIGN) training/recipes/align-sail-sigmoid.yaml --views 4 --vision $(VISION) checkpoints/blip-rbm-small --text $(TEXT) \
+		--dataset $(DATASET) --output_dir runs/align-400/sail-sigmoid
+	$(RUN) -m training.evaluate_alignment --runs $(addprefix runs/align-400/,$(ALIGNED) sail-sigmoid) --dataset $(DATASET) \
+		--output benchmarks/results/alignment.json
 	$(RUN) -m training.build_captioner --decoder checkpoints/blip-rbm-small --vision $(SECOND)@10 --output_dir runs/second-start
 	$(RUN) -m training.train_captioner training/recipes/captioner-cross-attention.yaml --model runs/second-start \
 		--dataset $(DATASET) --output_dir runs/second-captioner
 	cp runs/second-captioner/captioner.json benchmarks/results/captioner_second.json
 	OMP_NUM_THREADS=1 .venv/bin/accelerate launch --config_file training/accelerate/multi-cpu.yaml -m training.rerank_retrieval \
-		--runs runs/align-probe runs/align-sail runs/align-rbm runs/align-rbm-all runs/align-rbm-dino \
+		--runs $(addprefix runs/align-400/,$(ALIGNED)) --final_runs $(addprefix runs/align-0/,$(ALIGNED)) \
 		--captioners checkpoints/blip-rbm-small runs/second-captioner/best \
 		--dataset $(DATASET) --output benchmarks/results/retrieval.json
 	$(RUN) -m training.evaluate_alignment --study --vision $(VISION) $(STUDY) --text $(TEXT) --dataset $(DATASET) \

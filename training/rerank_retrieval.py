@@ -1,6 +1,6 @@
 """Retrieval in two steps, as BLIP retrieves: similarities of embeddings first, then the best few again with the decoder.
 
-    python -m training.rerank_retrieval --runs runs/align-probe runs/align-sail runs/align-rbm \
+    python -m training.rerank_retrieval --runs runs/align/probe runs/align/sail runs/align/rbm \
         --captioners checkpoints/blip-rbm-small runs/second-captioner/best --dataset flickr8k --output benchmarks/results/retrieval.json
 
 The similarity is the mean of what the runs of `training.align` give, standardised. Two things are added to it:
@@ -60,20 +60,21 @@ class Gallery:
     Attributes:
         similarity (n, m) of n images and m captions, owner (m,) the image of each caption; bank_images (r, m) and bank_captions (n, s): the
         same of the bank's images and these captions, and of these images and the bank's captions. gains: of each captioner (n, m), how
-        much likelier a caption is for the image than for the training images most like it, nats; NaN where it was not asked.
+        much likelier a caption is for the image than for the training images most like it, nats; NaN where it was not asked. minutes: what
+        training the similarities took.
     """
 
     def __init__(self, dataset, rows):
         self.dataset, self.rows = dataset, rows
         self.similarity = self.bank_images = self.bank_captions = 0.0
-        self.runs, self.gains = 0, []
+        self.runs, self.gains, self.minutes = 0, [], 0.0
 
-    def add(self, aligner, data, bank):
+    def add(self, aligner, data, bank, minutes: float):
         """One more similarity, standardised over this gallery, into the mean."""
         images, captions, self.owner = embed(aligner, data, self.rows)
         similarity = aligner.similarity(images, captions)
         mean, std = similarity.mean(), similarity.std()
-        self.runs += 1
+        self.runs, self.minutes = self.runs + 1, self.minutes + minutes
         into_mean = lambda before, more: before + ((more - mean) / std - before) / self.runs
         bank_images, bank_captions = bank
         self.similarity = into_mean(self.similarity, similarity)
@@ -110,7 +111,7 @@ def gallery_of(args, runs: list[str], accelerator, split: Optional[str] = None) 
     """
     train = load_pairs(args.dataset, args.train_split)
     gallery = None
-    for run, settings, _, _, load in runs_of(runs, args):
+    for run, settings, report, _, load in runs_of(runs, args):
         if gallery is None:
             held_back = settings.held_back
             trained_on, held_rows = split_held_back(train, held_back)
@@ -123,7 +124,7 @@ def gallery_of(args, runs: list[str], accelerator, split: Optional[str] = None) 
             data = load(args.train_split)[0]
             data_of_split = load(split)[0] if split else data
         aligner = trained_aligner(run, settings, data)
-        gallery.add(aligner, data_of_split, embed(aligner, data, bank_rows)[:2])
+        gallery.add(aligner, data_of_split, embed(aligner, data, bank_rows)[:2], report["minutes"])
     return gallery, bank_rows
 
 
@@ -275,7 +276,7 @@ def main():
     minutes = (time.time() - start) / 60
     ways = choose(held)
     results = {"settings": vars(args), "ways": ways, "images": len(split.similarity), "captions": len(split.owner)}
-    results["minutes_of_likelihoods"] = minutes
+    results |= {"minutes_of_training": split.minutes, "minutes_of_likelihoods": minutes}
     for name, gallery in (("held_back", held), ("runs", split)):
         results[name] = {way: recalls(gallery.score(**settings), gallery.owner) for way, settings in ways.items()}
     if accelerator.is_main_process:
