@@ -41,7 +41,7 @@ test: .venv/installed  ## the tests (no network, nothing outside the repo)
 test-slow: .venv/installed  ## the checks that take minutes
 	$(RUN) -m pytest -q -m slow
 
-align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, trained and compared; retrieval in two steps (2 hours)
+align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, trained and compared; retrieval in two steps (3 hours)
 	for held_back in 400 0; do \
 		flags="--views 4 --text $(TEXT) --dataset $(DATASET) --held_back $$held_back"; \
 		for kind in probe sail rbm; do \

@@ -390,6 +390,7 @@ def main():
         best = max(history, key=lambda entry: (sum_of_recalls(entry), entry["epoch"]))
         report = {
             "minutes": (time.time() - start) / 60,
+            "threads": torch.get_num_threads() * accelerator.num_processes,
             "peak_memory_mb": peak_memory_mb(),
             "parameters": sum(p.numel() for p in aligner.parameters()),
             "word_ids": None if data.words is None else data.words.word_ids,

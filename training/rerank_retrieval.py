@@ -60,21 +60,21 @@ class Gallery:
     Attributes:
         similarity (n, m) of n images and m captions, owner (m,) the image of each caption; bank_images (r, m) and bank_captions (n, s): the
         same of the bank's images and these captions, and of these images and the bank's captions. gains: of each captioner (n, m), how
-        much likelier a caption is for the image than for the training images most like it, nats; NaN where it was not asked. minutes: what
-        training the similarities took.
+        much likelier a caption is for the image than for the training images most like it, nats; NaN where it was not asked. core_minutes:
+        what training the similarities took.
     """
 
     def __init__(self, dataset, rows):
         self.dataset, self.rows = dataset, rows
         self.similarity = self.bank_images = self.bank_captions = 0.0
-        self.runs, self.gains, self.minutes = 0, [], 0.0
+        self.runs, self.gains, self.core_minutes = 0, [], 0.0
 
-    def add(self, aligner, data, bank, minutes: float):
+    def add(self, aligner, data, bank, core_minutes: float):
         """One more similarity, standardised over this gallery, into the mean."""
         images, captions, self.owner = embed(aligner, data, self.rows)
         similarity = aligner.similarity(images, captions)
         mean, std = similarity.mean(), similarity.std()
-        self.runs, self.minutes = self.runs + 1, self.minutes + minutes
+        self.runs, self.core_minutes = self.runs + 1, self.core_minutes + core_minutes
         into_mean = lambda before, more: before + ((more - mean) / std - before) / self.runs
         bank_images, bank_captions = bank
         self.similarity = into_mean(self.similarity, similarity)
@@ -124,7 +124,8 @@ def gallery_of(args, runs: list[str], accelerator, split: Optional[str] = None) 
             data = load(args.train_split)[0]
             data_of_split = load(split)[0] if split else data
         aligner = trained_aligner(run, settings, data)
-        gallery.add(aligner, data_of_split, embed(aligner, data, bank_rows)[:2], report["minutes"])
+        bank = embed(aligner, data, bank_rows)[:2]
+        gallery.add(aligner, data_of_split, bank, report["minutes"] * report.get("threads", 1))
     return gallery, bank_rows
 
 
@@ -276,7 +277,7 @@ def main():
     minutes = (time.time() - start) / 60
     ways = choose(held)
     results = {"settings": vars(args), "ways": ways, "images": len(split.similarity), "captions": len(split.owner)}
-    results |= {"minutes_of_training": split.minutes, "minutes_of_likelihoods": minutes}
+    results |= {"core_minutes_of_training": split.core_minutes, "minutes_of_likelihoods": minutes}
     for name, gallery in (("held_back", held), ("runs", split)):
         results[name] = {way: recalls(gallery.score(**settings), gallery.owner) for way, settings in ways.items()}
     if accelerator.is_main_process:
