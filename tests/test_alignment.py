@@ -181,24 +181,12 @@ def test_alignment_learns_and_goes_on(aligned, pairs):
 def test_alignment_on_all_images(aligned, pairs, saved_model):
     """None held back: the last epoch stays; retrieval in two steps chooses its weights by one run and looks with the other."""
     work, common = aligned
-    out = in_process(
-        "align", *common, "--kind", "probe", "--held_back", 0, "--epochs", 3, "--output_dir", "all", cwd=work
-    )
+    all_images = [*common, "--kind", "probe", "--held_back", 0, "--epochs", 3, "--output_dir", "all"]
+    out = in_process("align", *all_images, cwd=work)
     history = json.loads((work / "all" / "align.json").read_text())["held_back"]
     assert [entry["epoch"] for entry in history] == [3] and set(history[0]) == {"epoch", "loss"} and "epoch" in out
-    command = [
-        "--runs",
-        "probe",
-        "--captioners",
-        saved_model,
-        "--candidates",
-        2,
-        "--dataset",
-        pairs,
-        "--dtype",
-        "float32",
-    ]
-    command += ["--bank_candidates", 2, "--cache_dir", "all/features"]
+    command = ["--runs", "probe", "--captioners", saved_model, "--candidates", 2, "--dataset", pairs]
+    command += ["--dtype", "float32", "--bank_candidates", 2, "--cache_dir", "all/features"]
     results = []
     for number, more in enumerate(([], ["--final_runs", "all"])):
         in_process("rerank_retrieval", *command, *more, "--output", f"all/{number}.json", cwd=work)
@@ -206,6 +194,8 @@ def test_alignment_on_all_images(aligned, pairs, saved_model):
     assert results[0]["held_back"] == results[1]["held_back"] and results[0]["runs"] != results[1]["runs"]
     with pytest.raises(SystemExit):
         in_process("rerank_retrieval", *command, "--final_runs", "all", "all", "--output", "all/2.json", cwd=work)
+    with pytest.raises(ValueError, match="all held no image back"):
+        in_process("rerank_retrieval", *command, "--runs", "all", "--output", "all/2.json", cwd=work)
 
 
 def test_the_views_of_an_image_are_one():

@@ -107,7 +107,7 @@ def gallery_of(args, runs: list[str], accelerator, split: Optional[str] = None) 
     images that they were trained on, in random order.
 
     Raises:
-        ValueError: if the runs held back different images.
+        ValueError: if the runs held back different images, or none where such are asked for.
     """
     train = load_pairs(args.dataset, args.train_split)
     gallery = None
@@ -115,6 +115,10 @@ def gallery_of(args, runs: list[str], accelerator, split: Optional[str] = None) 
         if gallery is None:
             held_back = settings.held_back
             trained_on, held_rows = split_held_back(train, held_back)
+            if not split and not len(held_rows):
+                raise ValueError(
+                    f"{run} held no image back, on which weights could be chosen: give it as one of --final_runs"
+                )
             of_split = load_pairs(args.dataset, split) if split else train
             gallery = Gallery(of_split, np.arange(len(of_split)) if split else held_rows)
             bank_rows = np.random.default_rng(args.seed).permutation(trained_on)[: args.bank]
