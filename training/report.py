@@ -302,7 +302,7 @@ def second_look_table(retrieval: dict, captioner: dict) -> str:
             "",
             retrieval_table(retrieval),
             "",
-            f"Trained, encoding excluded, in {retrieval['core_minutes_of_training'] / 2:.1f} minutes of two cores, and the second captioner in "
+            f"Trained, encoding excluded and the embedded captioner taken as it is, in {retrieval['core_minutes_of_training'] / 2:.1f} minutes of two cores, and the second captioner in "
             f"{captioner_minutes:.1f}.",
         ]
     )
