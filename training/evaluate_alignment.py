@@ -63,8 +63,8 @@ def kullback_leibler(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return (p * np.log(p)).sum(1)[:, None] - p @ np.log(q).T
 
 
-def settings_of(run: str, args) -> AlignArguments:
-    """What a run was trained with, on this data set."""
+def settings_of(run: str, args) -> tuple[AlignArguments, dict]:
+    """What a run was trained with, on this data set, and its report."""
     report = json.loads((Path(run) / "align.json").read_text())
     settings = {field.name: report["align"][field.name] for field in fields(AlignArguments)}
     return AlignArguments(**settings | {"dataset": args.dataset, "cache_dir": args.cache_dir}), report

@@ -293,17 +293,19 @@ def alignment_table(alignment: dict) -> str:
 def second_look_table(retrieval: dict, captioner: dict) -> str:
     """Retrieval in two steps, and what its parts took to train, without the captions by which the second captioner's epoch was chosen."""
     captioner_minutes = captioner["minutes"] - sum(entry["eval_seconds"] for entry in captioner["held_back"]) / 60
+    minutes = retrieval["core_minutes_of_training"] / 2
     settings, ways = retrieval["settings"], retrieval["ways"]["hubs and likelihood"]
     chosen = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in ways.items())
     return "\n".join(
         [
-            f"The mean of {len(settings['runs'])} of them, trained on all images; the {settings['candidates'][0]} best of each image and caption looked at again with the embedded "
+            f"The mean of {len(settings['runs'])} of them, trained on all images; the {settings['candidates'][0]} best of each image and caption "
+            "looked at again with the embedded "
             f"captioner, and the {settings['candidates'][1]} best then with one on DINOv2's tokens (chosen on held-back images: {chosen}):",
             "",
             retrieval_table(retrieval),
             "",
-            f"Trained, encoding excluded and the embedded captioner taken as it is, in {retrieval['core_minutes_of_training'] / 2:.1f} minutes of two cores, and the second captioner in "
-            f"{captioner_minutes:.1f}.",
+            f"Trained, encoding excluded and the embedded captioner taken as it is, in {minutes:.1f} minutes of two cores, and the second "
+            f"captioner in {captioner_minutes:.1f}.",
         ]
     )
 

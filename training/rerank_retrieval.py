@@ -13,8 +13,8 @@ The similarity is the mean of what the runs of `training.align` give, standardis
   first captioner is asked of the best 32, say, and the next of those that are then the best 24.
 
 Their weights are chosen on training images that were held back from both, and applied to the split, which may be embedded by runs that were
-trained on all images (`--final_runs`). Several processes (`accelerate launch`)
-share the images; likelihoods are kept beside the features and not asked for again.
+trained on all images (`--final_runs`). Several processes (`accelerate launch`) share the images; likelihoods are kept beside the features
+and not asked for again.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from training.arguments import bf16_is_fast
 from training.checkpoints import write_array, write_json
 from training.data import split_held_back
 from training.distributed import new_accelerator
-from training.evaluate_alignment import runs_of, trained_aligner
+from training.evaluate_alignment import runs_of, settings_of, trained_aligner
 from training.features import cache_features, tower_fingerprint
 from training.pairs import load_pairs
 from training.report import retrieval_table
@@ -60,21 +60,20 @@ class Gallery:
     Attributes:
         similarity (n, m) of n images and m captions, owner (m,) the image of each caption; bank_images (r, m) and bank_captions (n, s): the
         same of the bank's images and these captions, and of these images and the bank's captions. gains: of each captioner (n, m), how
-        much likelier a caption is for the image than for the training images most like it, nats; NaN where it was not asked. core_minutes:
-        what training the similarities took.
+        much likelier a caption is for the image than for the training images most like it, nats; NaN where it was not asked.
     """
 
     def __init__(self, dataset, rows):
         self.dataset, self.rows = dataset, rows
         self.similarity = self.bank_images = self.bank_captions = 0.0
-        self.runs, self.gains, self.core_minutes = 0, [], 0.0
+        self.runs, self.gains = 0, []
 
-    def add(self, aligner, data, bank, core_minutes: float):
+    def add(self, aligner, data, bank):
         """One more similarity, standardised over this gallery, into the mean."""
         images, captions, self.owner = embed(aligner, data, self.rows)
         similarity = aligner.similarity(images, captions)
         mean, std = similarity.mean(), similarity.std()
-        self.runs, self.core_minutes = self.runs + 1, self.core_minutes + core_minutes
+        self.runs += 1
         into_mean = lambda before, more: before + ((more - mean) / std - before) / self.runs
         bank_images, bank_captions = bank
         self.similarity = into_mean(self.similarity, similarity)
@@ -111,7 +110,7 @@ def gallery_of(args, runs: list[str], accelerator, split: Optional[str] = None) 
     """
     train = load_pairs(args.dataset, args.train_split)
     gallery = None
-    for run, settings, report, _, load in runs_of(runs, args):
+    for run, settings, _, _, load in runs_of(runs, args):
         if gallery is None:
             held_back = settings.held_back
             trained_on, held_rows = split_held_back(train, held_back)
@@ -128,8 +127,7 @@ def gallery_of(args, runs: list[str], accelerator, split: Optional[str] = None) 
             data = load(args.train_split)[0]
             data_of_split = load(split)[0] if split else data
         aligner = trained_aligner(run, settings, data)
-        bank = embed(aligner, data, bank_rows)[:2]
-        gallery.add(aligner, data_of_split, bank, report["minutes"] * report.get("threads", 1))
+        gallery.add(aligner, data_of_split, embed(aligner, data, bank_rows)[:2])
     return gallery, bank_rows
 
 
@@ -266,22 +264,23 @@ def main():
         gallery_of(args, args.runs, accelerator),
         gallery_of(args, args.final_runs, accelerator, args.split),
     ]
-    start = time.time()
-    for gallery, bank_rows in galleries:
-        for captioner, candidates in zip(args.captioners, args.candidates):
-            likelihoods = Likelihoods(captioner, args.cache_dir, dtype=args.dtype)
-            with accelerator.main_process_first():
-                bank = (
-                    likelihoods.features(load_pairs(args.dataset, args.train_split)),
-                    bank_rows[: args.likelihood_bank],
-                )
-                likelihoods.features(gallery.dataset)
-            add_gain(gallery, likelihoods, bank, candidates, args.bank_candidates)
     (held, _), (split, _) = galleries
+    start = time.time()
+    for captioner, candidates in zip(args.captioners, args.candidates):
+        likelihoods = Likelihoods(captioner, args.cache_dir, dtype=args.dtype)
+        with accelerator.main_process_first():
+            of_training_images = likelihoods.features(held.dataset)
+            likelihoods.features(split.dataset)
+        for gallery, bank_rows in galleries:
+            bank = of_training_images, bank_rows[: args.likelihood_bank]
+            add_gain(gallery, likelihoods, bank, candidates, args.bank_candidates)
     minutes = (time.time() - start) / 60
     ways = choose(held)
     results = {"settings": vars(args), "ways": ways, "images": len(split.similarity), "captions": len(split.owner)}
-    results |= {"core_minutes_of_training": split.core_minutes, "minutes_of_likelihoods": minutes}
+    reports = [settings_of(run, args)[1] for run in args.final_runs]
+    # runs of older versions do not say their threads
+    results["core_minutes_of_training"] = sum(report["minutes"] * report.get("threads", 1) for report in reports)
+    results["minutes_of_likelihoods"] = minutes
     for name, gallery in (("held_back", held), ("runs", split)):
         results[name] = {way: recalls(gallery.score(**settings), gallery.owner) for way, settings in ways.items()}
     if accelerator.is_main_process:
