@@ -282,13 +282,22 @@ def test_likelihoods_are_of_the_pairs_asked_for(pairs, saved_model, tmp_path):
 
 
 def test_study_of_encoders(work, pairs, towers):
-    command = ["--study", "--vision", f"{towers}/vision@0,1,2", "--text", towers / "text", "--dataset", pairs]
+    command = [
+        "--study",
+        "--vision",
+        f"{towers}/vision@0,1,2",
+        towers / "vision",
+        "--text",
+        towers / "text",
+        "--dataset",
+        pairs,
+    ]
     command += ["--classes", "red", "blue", "black", "white", "--epochs", 3, "--output", "study.json"]
     with pytest.raises(ValueError, match="held_back is 400"):
         in_process("evaluate_alignment", *command, cwd=work)
     in_process("evaluate_alignment", *command, "--held_back", 4, "--cache_dir", work / "features", cwd=work)
     study = json.loads((work / "study.json").read_text())
-    assert set(study["encoders"]) == {"vision@0", "vision@1", "vision@2"}
+    assert set(study["encoders"]) == {"vision@0", "vision@1", "vision@2", "vision", "all together"}
     assert all(0 <= entry["knn"] <= 1 and 0 <= entry["linear"] <= 1 for entry in study["encoders"].values())
     assert set(study["correlation_with_alignment"]) == {"knn", "linear"} and (work / "study.png").exists()
 

@@ -143,7 +143,7 @@ def clustering(train_x, train_y, x, y, neighbours: int = 10) -> dict[str, float]
 
 
 def study(args) -> dict:
-    """Of each encoder or layer: how its classes cluster, how they separate, and how well a linear probe aligns it."""
+    """Of each encoder or layer, and of all side by side: how its classes cluster, how they separate, and how well a linear probe aligns it."""
     settings = AlignArguments(
         vision=args.vision, text=args.text, dataset=args.dataset, output_dir="", kind="probe", cache_dir=args.cache_dir,
         epochs=args.epochs, batch_size=256, eval_every=args.epochs, seed=args.seed, held_back=args.held_back, max_images=args.max_images,
@@ -151,12 +151,17 @@ def study(args) -> dict:
     vision, text = load_encoders(settings)
     ids = load_pairs(args.dataset, args.train_split, args.max_images).select_columns(["image_id"])
     train_rows, held_rows = split_held_back(ids, settings.held_back)
-    parts = [(encoder, name, columns) for encoder in vision for name, columns in encoder.parts.items()]
+    probed = {
+        name: [SimpleNamespace(parts={name: columns}, embed=encoder.embed)]
+        for encoder in vision
+        for name, columns in encoder.parts.items()
+    }
+    if len(vision) > 1:
+        probed["all together"] = vision
     results = {}
-    for encoder, name, columns in tqdm(parts, desc="encoders"):
-        one = SimpleNamespace(parts={name: columns}, embed=encoder.embed)
-        data, captions = load_data(settings, args.train_split, train_rows, encoders=([one], text))
-        unseen, unseen_captions = load_data(settings, args.split, encoders=([one], text))
+    for name, encoders in tqdm(probed.items(), desc="encoders"):
+        data, captions = load_data(settings, args.train_split, train_rows, encoders=(encoders, text))
+        unseen, unseen_captions = load_data(settings, args.split, encoders=(encoders, text))
         labels, unseen_labels = (class_of_images(c, args.classes) for c in (captions, unseen_captions))
         rows, unseen_rows = np.flatnonzero(labels >= 0), np.flatnonzero(unseen_labels >= 0)
         entry = clustering(
@@ -205,7 +210,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", help="output folders of training.align")
     parser.add_argument("--study", action="store_true", help="clustering against alignment, of frozen encoders")
-    parser.add_argument("--vision", nargs="+", help="for the study, as in training.align; every layer by itself")
+    parser.add_argument(
+        "--vision", nargs="+", help="for the study, as in training.align; every layer by itself, and all together"
+    )
     parser.add_argument("--text", help="for the study")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--train_split", default="train")
