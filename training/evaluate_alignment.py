@@ -199,7 +199,7 @@ def plot(results: dict, path: Path):
                 name, (100 * entry[measure], entry["alignment"]), fontsize=8, xytext=(4, 4), textcoords="offset points"
             )
         found = results["correlation_with_alignment"].get(measure)
-        axis.margins(x=0.25, y=0.1)
+        axis.margins(x=0.35, y=0.1)
         axis.set(xlabel=f"{title}: accuracy (%)" + (f"; r = {found['pearson']:.2f}" if found else ""))
     axes[0].set_ylabel("alignment: mean R@10 of a linear probe (%)")
     figure.savefig(path, dpi=90)
