@@ -39,9 +39,12 @@ class PackableLinear(nn.Linear):
             return super().forward(input)
         return self.packed_product(input)
 
-    def packed_product(self, input, activation=None):
+    def packed_product(self, input, activation=None, added=None):
         if isinstance(self.packed[0], Int8Weight):
-            return _int8_product(input, *self.packed, activation)
+            product = _int8_product(input, *self.packed, activation)
+            return product if added is None else product.add_(added)
+        if added is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(input, added, *self.packed, "add")
         if activation is None or _is_gelu(activation):
             return _product(input, *self.packed, "none" if activation is None else "gelu")
         return activation(_product(input, *self.packed))
@@ -64,6 +67,13 @@ def activated(input: torch.Tensor, layer: nn.Module, activation: nn.Module) -> t
     if getattr(layer, "packed", None) is None:
         return activation(layer(input))
     return layer.packed_product(input, activation)
+
+
+def with_residual(input: torch.Tensor, layer: nn.Module, residual: torch.Tensor) -> torch.Tensor:
+    """What the layer makes of the input, and the residual; where packed, in one product."""
+    if getattr(layer, "packed", None) is None:
+        return layer(input) + residual
+    return layer.packed_product(input, added=residual)
 
 
 class ImageMLP(BlipMLP):
@@ -92,19 +102,21 @@ class Int8Weight(NamedTuple):
     scale: torch.Tensor  # (O,), fp32
 
 
-def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row in steps of 1/127 of its greatest number: int8 (n, I), and the steps (n, 1), fp32."""
-    x = x.detach().float()
-    step = x.abs().amax(1, keepdim=True).clamp_(min=1e-10).div_(127)
-    return (x * (1 / step)).round_().to(torch.int8), step
+def _rounded(x: torch.Tensor, room: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row in steps of 1/127 of its greatest number: int8 (n, I), and the steps (n, 1), fp32. `room` (n, I), fp32, to compute in."""
+    y = (torch.empty(x.shape) if room is None else room).copy_(x.detach())
+    step = torch.maximum(y.amax(1, keepdim=True), y.amin(1, keepdim=True).neg_()).clamp_(min=1e-10).div_(127)
+    return y.mul_(1 / step).round_().to(torch.int8), step
 
 
 def _int8_product(x, weight: Int8Weight, bias=None, activation=None):
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(rows), len(weight.rounded))
+    # for every block in turn: fresh memory would cost more than these passes
+    inputs, sums = (torch.empty(min(BLOCK, len(rows)), size) for size in (x.shape[-1], len(weight.rounded)))
     for some, into in zip(rows.split(BLOCK), out.split(BLOCK)):
-        rounded, step = _rounded(some)
-        y = torch.mul(torch._int_mm(rounded, weight.rounded.T), weight.scale).mul_(step)
+        rounded, step = _rounded(some, inputs[: len(some)])
+        y = sums[: len(some)].copy_(torch._int_mm(rounded, weight.rounded.T)).mul_(weight.scale).mul_(step)
         y = y if bias is None else y.add_(bias)
         into.copy_(y if activation is None else activation(y))
     return out.view(*x.shape[:-1], -1)
