@@ -180,8 +180,9 @@ bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cos
 	mv benchmarks/results/digits_rbm.png docs/digits-rbm.png
 	$(RUN) -m benchmarks.guidance
 
-bench-generate: .venv/installed  ## speed of generate beside transformers' own BLIP, time of captioning a folder (needs a quiet machine)
-	$(RUN) -m benchmarks.generate --models blip_base --batches 4 1 --output benchmarks/results/generate.json
+bench-generate: .venv/installed  ## speed of generate beside transformers' own BLIP and the processor's bounds, time of captioning a folder (an hour, needs a quiet machine)
+	$(RUN) -m benchmarks.generate --models blip_base --batches 4 1 16 --output benchmarks/results/generate.json
+	$(RUN) -m benchmarks.generate_bound --output benchmarks/results/generate_bound.json
 	$(RUN) -m benchmarks.generate --models embedded --batches 16 4 1 --output benchmarks/results/generate_embedded.json
 	$(RUN) -m benchmarks.folder --dataset $(DATASET) --output benchmarks/results/folder.json
 	$(RUN) -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset $(DATASET) --int8 true \

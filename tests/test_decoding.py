@@ -12,7 +12,6 @@ from modeling_blip_rbm.decoding_blip_rbm import (
     RBMGuidance,
     caption_similarity,
     consensus,
-    input_of_words,
     rerank_scores,
     word_columns,
     words_said,
@@ -140,12 +139,6 @@ def test_similarities_of_hidden_posteriors():
             assert similarity[0, i, j].item() == pytest.approx(value.item(), abs=1e-5)
 
 
-def test_input_of_words_said_is_theirs_once(params):
-    columns = word_columns(WORD_IDS, VOCAB)
-    ids = torch.tensor([[44, WORD_IDS[2], 5, WORD_IDS[0], WORD_IDS[2]], [44, 5, 6, 3, 0]])
-    torch.testing.assert_close(input_of_words(params.U, columns[ids]), words_said(ids, columns, K) @ params.U)
-
-
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_guide_with_a_product_of_its_own_gives_the_same_gains(params, order):
     a = hidden_input(params, torch.randn(2, V))
@@ -161,6 +154,23 @@ def test_guide_with_a_product_of_its_own_gives_the_same_gains(params, order):
             )
             torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
             params.U.mul_(-2.0)  # what was kept of the weights before is not used
+
+
+def test_gains_are_computed_once_for_an_image_and_its_words(params, monkeypatch):
+    """Step by step, beams in another order each time: as of a guide that is asked for the first time, from fewer rows."""
+    a = hidden_input(params, torch.randn(2, V))
+    guide = RBMGuidance(params, a, WORD_IDS, VOCAB, 1.0)
+    computed, own = [], guide._gains
+    monkeypatch.setattr(guide, "_gains", lambda images, said: computed.append(len(images)) or own(images, said))
+    ids = torch.full((6, 1), 44)
+    for step in range(7):
+        fresh = RBMGuidance(params, a, WORD_IDS, VOCAB, 1.0)
+        torch.testing.assert_close(guide.gains(ids), fresh.gains(ids))
+        order = torch.cat([torch.randint(3, (3,)), 3 + torch.randint(3, (3,))])
+        new = torch.randint(5, 40, (6, 1)) if step % 2 else torch.tensor(WORD_IDS)[torch.randint(K, (6, 1))]
+        ids = torch.cat([ids[order], new], 1)
+    assert computed[0] == 2  # nothing is said yet: one of each image
+    assert sum(computed) < 6 * 7
 
 
 def test_consensus_is_the_mean_similarity_to_the_others():

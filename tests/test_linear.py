@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from modeling_blip_rbm.linear_blip_rbm import (
     join,
     make_packable,
     packed_linears,
+    prepared,
     products,
 )
 
@@ -63,6 +65,28 @@ def test_an_activation_goes_with_the_product(activation, int8):
     with packed_linears(layer, int8):
         torch.testing.assert_close(activated(x, layer, activation), activation(layer(x)), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(activated(x, layer, activation), plain, atol=0.05 if int8 else 1e-5, rtol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [None, False, True])  # not at all, as it is, in 8 bits
+@pytest.mark.parametrize("activation", [None, nn.GELU(), nn.ReLU()])
+@pytest.mark.parametrize("together", [False, True])
+def test_prepared_is_what_the_layers_make(packed, activation, together):
+    model, x, residual = nn.ModuleList([nn.Linear(13, 7), nn.Linear(13, 11)]), torch.randn(5, 13), torch.randn(5, 18)
+    make_packable(model)
+    layers = tuple(model) if together else tuple(model[:1])
+    if together:
+        join(*layers)
+    residual = residual[:, : sum(layer.out_features for layer in layers)].contiguous()
+    kept = residual.clone()
+    plain = torch.cat([layer(x) for layer in layers], 1)
+    plain = plain if activation is None else activation(plain)
+    with packed_linears(model, int8=bool(packed)) if packed is not None else nullcontext():
+        product = prepared(*layers, activation=activation)
+    tolerance = {"atol": 0.05 if packed else 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(product(x), plain, **tolerance)
+    torch.testing.assert_close(product(x, residual), plain + residual, **tolerance)
+    assert torch.equal(residual, kept)
 
 
 class Adapter(nn.Module):

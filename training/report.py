@@ -88,20 +88,27 @@ def diversity_table(diversity: dict) -> str:
 def generate_table(speed: dict) -> str:
     """A row for each model, precision, number of images and of beams; contenders side by side."""
     names = {"blip_base": "BLIP-base's shape, 384 px", "embedded": "embedded model"}
+    first_dtype = speed["settings"]["dtypes"][0]
     cells = {}
     for row in speed["rows"]:
         cell = cells.setdefault((names[row["model"]], row["dtype"], row["batch"], row["beams"]), {})
         cell[row["contender"].removeprefix("BLIP-RBM, ")] = row
     contenders = list(dict.fromkeys(name for cell in cells.values() for name in list(cell)[1:]))
+    guide, samples = contenders[1], "best of 10 samples"
     lines = [
-        "| | images | beams | " + " | ".join(contenders) + " | vision, s | decoding, s | cache, MB | peak, MB |",
-        "|---" * (len(contenders) + 7) + "|",
+        f"| | images | beams | {' | '.join(contenders)} | {guide}, cost | 10 samples, times RBM off | vision, s | decoding, s | cache, MB | peak, MB |",
+        "|---" * (len(contenders) + 9) + "|",
     ]
-    for (model, dtype, batch, beams), cell in cells.items():
+    for (model, dtype, batch, beams), cell in sorted(cells.items(), key=lambda item: item[0][1] != first_dtype):
         stock, *_ = cell.values()
-        ratios = [
-            f"{cell[name]['ratio']:.2f}{'' if cell[name]['same_tokens'] else '*'}" if name in cell else ""
-            for name in contenders
+        ratios = []
+        for name in contenders:
+            row = cell.get(name)
+            first = f" ({row['against_first_dtype']:.2f})" if row and dtype != first_dtype else ""
+            ratios.append(f"{row['ratio']:.2f}{'' if row['same_tokens'] else '*'}{first}" if row else "")
+        costs = [
+            f"{100 * (1 / cell[guide]['against_off'] - 1):+.1f} %",
+            f"{1 / cell[samples]['against_off']:.1f}" if samples in cell else "",
         ]
         pairs = [
             f"{stock[key]:{form}} / {cell['RBM off'][key]:{form}}"
@@ -112,20 +119,33 @@ def generate_table(speed: dict) -> str:
                 ("peak_megabytes", ".0f"),
             )
         ]
-        lines.append(f"| {model}, {dtype} | {batch} | {beams} | {' | '.join(ratios + pairs)} |")
+        lines.append(f"| {model}, {dtype} | {batch} | {beams} | {' | '.join(ratios + costs + pairs)} |")
     return "\n".join(lines)
 
 
-def speed_block(speeds: list[dict], folder: dict) -> str:
+def speed_block(speeds: list[dict], bound: dict, folder: dict) -> str:
     """Tables of results of `benchmarks.generate`, with the same settings, and what they mean; how long a folder takes."""
     settings = speeds[0]["settings"]
     meaning = (
         f"{settings['threads']} threads, {settings['new_tokens']} new tokens, medians of {settings['pairs']} rounds in turn. Times stock: of the whole, "
-        "round by round, stock computing in the same precision (of the embedded model, whose tower stock BLIP has not: the same model with "
-        "transformers' cache); * where tokens differ from stock's. Seconds and memory of BLIP and of BLIP-RBM with the RBM off; peak: of "
-        "the process, above what it held before."
+        f"round by round, stock computing in the same precision (in brackets: in {settings['dtypes'][0]}; of the embedded model, whose tower stock BLIP "
+        "has not: the same model with transformers' cache); * where tokens differ from stock's. Seconds and memory of BLIP and of BLIP-RBM with "
+        "the RBM off; peak: of the process, above what it held before."
     )
-    return "\n\n".join([meaning, *map(generate_table, speeds), folder_line(folder)])
+    return "\n\n".join([meaning, *map(generate_table, speeds), bound_line(bound), folder_line(folder)])
+
+
+def bound_line(bound: dict) -> str:
+    """How much of what the processor can do `generate` reaches."""
+    parts = []
+    for dtype in (name for name in bound if isinstance(bound[name], dict)):
+        entry = bound[dtype]
+        reached = ", ".join(f"{part} {entry['bound'][part] / entry['seconds'][part]:.0%}" for part in entry["bound"])
+        parts.append(f"{dtype} {reached}")
+    return (
+        f"Of the processor's bound, BLIP-base's shape, 4 images and 3 beams, RBM off, on {bound['threads']} threads: {'; '.join(parts)} "
+        "(steps: decoding without the image's keys and values)."
+    )
 
 
 def folder_line(folder: dict) -> str:
@@ -433,7 +453,9 @@ def blocks() -> dict[str, str]:
         "ablation": ablation_table(results),
         "diversity": diversity_table(benchmark("diversity.json")),
         "speed": speed_block(
-            [benchmark(name) for name in ("generate.json", "generate_embedded.json")], benchmark("folder.json")
+            [benchmark(name) for name in ("generate.json", "generate_embedded.json")],
+            benchmark("generate_bound.json"),
+            benchmark("folder.json"),
         ),
         "int8": int8_line(results, benchmark("captions_int8.json")),
         "confidence": confidence_table(read("confidence.json")),
