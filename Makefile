@@ -181,7 +181,8 @@ bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cos
 	$(RUN) -m benchmarks.guidance
 
 bench-generate: .venv/installed  ## speed of generate beside transformers' own BLIP and the processor's bounds, time of captioning a folder (an hour, needs a quiet machine)
-	$(RUN) -m benchmarks.generate --models blip_base --batches 4 1 16 --output benchmarks/results/generate.json
+	$(RUN) -m benchmarks.generate --models blip_base --batches 4 1 --output benchmarks/results/generate.json
+	$(RUN) -m benchmarks.generate --models blip_base --batches 16 --beams 3 --output benchmarks/results/generate_16.json
 	$(RUN) -m benchmarks.generate_bound --output benchmarks/results/generate_bound.json
 	$(RUN) -m benchmarks.generate --models embedded --batches 16 4 1 --output benchmarks/results/generate_embedded.json
 	$(RUN) -m benchmarks.folder --dataset $(DATASET) --output benchmarks/results/folder.json

@@ -1,10 +1,13 @@
-"""Speed of `generate` beside transformers' own BLIP, with the same weights, in one process and one run.
+"""Speed of `generate` beside transformers' own BLIP, with the same weights, in turn, in one run.
 
     python -m benchmarks.generate --output benchmarks/results/generate.json
 
 Two models: BLIP-base's shape at 384 px with random weights, converted by `from_blip`; and the embedded model, of which stock
 BLIP has no such tower, so its decoder with transformers' own cache stands for stock. All contenders, of both precisions, run in turn;
 every round gives a ratio, and their median is reported. 20 new tokens, no caption ends early. Tokens are compared in the same run.
+
+Each contender waits for its turn in a process of its own, as a user has it: large tensors come from the system, a page at a time, or from
+what the process has freed before, and a quarter of stock's time depends on what others have left there (docs/experiments.md).
 """
 
 import argparse
@@ -16,8 +19,10 @@ import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+import torch.multiprocessing as multiprocessing
 from tqdm.auto import tqdm
 from transformers import BlipConfig, BlipForConditionalGeneration, DynamicCache, EncoderDecoderCache
 
@@ -106,87 +111,142 @@ def length(tokens: int) -> dict:
 
 
 @torch.no_grad()
-def compare(contenders: dict, pixels, pairs: int, **kwargs) -> list[dict]:
-    """Seconds of vision, first token and whole decoding of each contender {(dtype, name): it}, all in turn; the first of a dtype is stock,
-    the second ours with the RBM off. `ratio`, `against_first_dtype` and `against_off`: the seconds of stock in the same dtype, of stock in
-    the first dtype and of ours with the RBM off, by those of the contender, round by round, medians."""
-    seconds = {key: {"vision": [], "first_token": [], "decoding": []} for key in contenders}
-    inputs = {dtype: pixels.to(getattr(torch, dtype)) for dtype, _ in contenders}
-    tokens, cached, peak = {}, {}, {}
-    for turn in range(pairs + 1):
-        for key, contender in contenders.items():
-            start = time.perf_counter()
-            with contender.ready():
-                image, vision = contender.vision(inputs[key[0]]), time.perf_counter() - start
-                _, first = timed(contender.decode, image, 1, **kwargs)
-                output, decoding = timed(contender.decode, image, NEW_TOKENS, return_dict_in_generate=True, **kwargs)
-            tokens[key] = output.sequences
-            cached[key] = cache_bytes(output.past_key_values)
-            if turn:  # the first turn warms up
-                for part, value in zip(("vision", "first_token", "decoding"), (vision, first, decoding)):
-                    seconds[key][part].append(value)
-    for key, contender in contenders.items():
-        with PeakMemory() as peak[key], contender.ready():
-            contender.decode(contender.vision(inputs[key[0]]), NEW_TOKENS, **kwargs)
+def serve(connection, folders: dict[type, Path], model: str, dtype: str, name: str):
+    """A contender in a process of its own: asked for (images, beams, whether to measure memory), it answers with `measured`."""
+    contender, settings = CONTENDERS[model][name]
+    architecture = BlipForConditionalGeneration if contender is StockBLIP else BlipRBMForConditionalGeneration
+    loaded = architecture.from_pretrained(folders[architecture], dtype=getattr(torch, dtype)).eval()
+    contender, size = contender(loaded, **settings), IMAGE_SIZE[model]
+    connection.send("ready")
+    while (request := connection.recv()) is not None:
+        batch, beams, memory = request
+        pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+        connection.send(measured(contender, pixels.to(loaded.dtype), memory, num_beams=beams, do_sample=False))
+
+
+def measured(contender, pixels, memory: bool, **kwargs) -> dict:
+    """Seconds of vision, first token and whole decoding, with the tokens and the bytes of the cache; or peak megabytes."""
+    if memory:
+        with PeakMemory() as peak, contender.ready():
+            contender.decode(contender.vision(pixels), NEW_TOKENS, **kwargs)
+        return {"peak_megabytes": peak.megabytes}
+    start = time.perf_counter()
+    with contender.ready():
+        image, vision = contender.vision(pixels), time.perf_counter() - start
+        _, first = timed(contender.decode, image, 1, **kwargs)
+        output, decoding = timed(contender.decode, image, NEW_TOKENS, return_dict_in_generate=True, **kwargs)
+    seconds = {"vision": vision, "first_token": first, "decoding": decoding}
+    return {"seconds": seconds, "tokens": output.sequences.tolist(), "cache": cache_bytes(output.past_key_values)}
+
+
+class Contenders:
+    """{(dtype, name): connection} to the processes of a model's contenders."""
+
+    def __init__(self, model: str, dtypes: list[str]):
+        self.connections, self.processes = {}, []
+        context = multiprocessing.get_context("spawn")
+        with TemporaryDirectory() as folder:
+            folders = {BlipRBMForConditionalGeneration: REPO / "checkpoints" / "blip-rbm-small"}
+            if model == "blip_base":
+                made = blip_base()
+                folders = {type(blip): Path(folder) / type(blip).__name__ for blip in made}
+                for blip in made:
+                    blip.save_pretrained(folders[type(blip)])
+            for key in ((dtype, name) for dtype in dtypes for name in CONTENDERS[model]):
+                self.connections[key], other = context.Pipe()
+                self.processes.append(context.Process(target=serve, args=(other, folders, model, *key), daemon=True))
+                self.processes[-1].start()
+                self.connections[key].recv()  # ready: one after another
+
+    def ask(self, key, *request):
+        time.sleep(0.1)  # the threads of the one before wait busily for a while
+        self.connections[key].send(request)
+        return self.connections[key].recv()
+
+    def stop(self):
+        for connection in self.connections.values():
+            connection.send(None)
+        for process in self.processes:
+            process.join()
+
+
+def compare(contenders: Contenders, batch: int, beams: int, pairs: int) -> list[dict]:
+    """Seconds of vision, first token and whole decoding of each contender, all in turn; the first of a dtype is stock, the second ours
+    with the RBM off. `ratio`, `against_first_dtype` and `against_off`: the seconds of stock in the same dtype, of stock in the first
+    dtype and of ours with the RBM off, by those of the contender, round by round, medians."""
+    keys = [key for key in contenders.connections if beams > 1 or "best of" not in key[1]]
+    answers = {key: [] for key in keys}
+    for _ in range(pairs + 1):
+        for key in keys:
+            answers[key].append(contenders.ask(key, batch, beams, False))
+    peak = {key: contenders.ask(key, batch, beams, True)["peak_megabytes"] for key in keys}
+    seconds = {  # the first turn warms up
+        key: {part: [answer["seconds"][part] for answer in answers[key][1:]] for part in answers[key][0]["seconds"]}
+        for key in keys
+    }
     total = {key: [v + d for v, d in zip(s["vision"], s["decoding"])] for key, s in seconds.items()}
     ratio = lambda of, to: statistics.median(o / t for o, t in zip(of, to))
-    first_two = {dtype: [key for key in contenders if key[0] == dtype][:2] for dtype in inputs}
     rows = []
     for (dtype, name), parts in seconds.items():
-        key, (stock, off) = (dtype, name), first_two[dtype]
+        key, (stock, off, *_) = (dtype, name), [other for other in keys if other[0] == dtype]
+        last = answers[key][-1]
         rows.append(
             {
                 "dtype": dtype,
                 "contender": name,
-                "images_per_second": len(pixels) / statistics.median(total[key]),
+                "images_per_second": batch / statistics.median(total[key]),
                 **{part: statistics.median(values) for part, values in parts.items()},
                 "ratio": ratio(total[stock], total[key]),
                 "decoding_ratio": ratio(seconds[stock]["decoding"], parts["decoding"]),
-                "against_first_dtype": ratio(total[next(iter(contenders))], total[key]),
+                "against_first_dtype": ratio(total[keys[0]], total[key]),
                 "against_off": ratio(total[off], total[key]),
-                "same_tokens": torch.equal(tokens[stock], tokens[key]),
-                "cache_megabytes": cached[key] / 1e6,
-                "peak_megabytes": peak[key].megabytes,
+                "same_tokens": last["tokens"] == answers[stock][-1]["tokens"],
+                "cache_megabytes": last["cache"] / 1e6,
+                "peak_megabytes": peak[key],
             }
         )
     return rows
 
 
-def blip_base(dtype, rbm_words: int = 1000):
+def blip_base(rbm_words: int = 1000):
+    """Stock BLIP and ours, of BLIP-base's shape, with the same random weights, and an RBM that does something."""
     torch.manual_seed(0)
     config = BlipConfig(vision_config={"image_size": 384}, text_config={"is_decoder": True, "num_attention_heads": 12})
     config.vision_config.initializer_range = 0.02
-    stock = BlipForConditionalGeneration(config).to(dtype).eval()
+    stock = BlipForConditionalGeneration(config).eval()
     words = list(range(2000, 2000 + rbm_words))
     ours = BlipRBMForConditionalGeneration.from_blip(stock, rbm_word_ids=words, rbm_cause_tokens=4)
-    contenders = {"stock BLIP": StockBLIP(stock), "BLIP-RBM, RBM off": Ours(ours, rbm=False)}
     ours.rbm_layer.rbm.word_weight.data.normal_(0, 0.2)
     ours.rbm_layer.gate.data.fill_(0.1)
-    contenders["BLIP-RBM, refine and guide"] = Ours(ours, rbm_guidance=0.1, rbm_rerank=False)
-    contenders["BLIP-RBM, RBM off, 8 bits"] = Ours(ours, int8=True, rbm=False)
-    return contenders | reranked(ours), 384
+    return stock, ours
 
 
-def reranked(model) -> dict:
-    """Re-rank of 10 sampled candidates, which needs no beams; beside the others with 3."""
-    return {"BLIP-RBM, best of 10 samples": Ours(model, do_sample=True, num_beams=1, rbm_guidance=0.1, rbm_rerank=True)}
-
-
-def embedded(dtype):
-    model = BlipRBMForConditionalGeneration.from_pretrained(REPO / "checkpoints" / "blip-rbm-small").to(dtype).eval()
-    contenders = {
-        "stock cache": StockCache(model, rbm=False),
-        "BLIP-RBM, RBM off": Ours(model, rbm=False),
-        "BLIP-RBM, guide on": Ours(model, rbm_rerank=False),
-        "BLIP-RBM, RBM off, 8 bits": Ours(model, int8=True, rbm=False),
-        "BLIP-RBM, best of 10 beams": Ours(model),
-    }
-    return contenders | reranked(model), 260
+OFF = {"rbm": False}
+# re-rank of sampled candidates needs no beams; it stands beside the others with 3
+SAMPLES = {"do_sample": True, "num_beams": 1, "rbm_guidance": 0.1, "rbm_rerank": True}
+CONTENDERS = {
+    "embedded": {
+        "stock cache": (StockCache, OFF),
+        "BLIP-RBM, RBM off": (Ours, OFF),
+        "BLIP-RBM, guide on": (Ours, {"rbm_rerank": False}),
+        "BLIP-RBM, RBM off, 8 bits": (Ours, OFF | {"int8": True}),
+        "BLIP-RBM, best of 10 beams": (Ours, {}),
+        "BLIP-RBM, best of 10 samples": (Ours, SAMPLES),
+    },
+    "blip_base": {
+        "stock BLIP": (StockBLIP, {}),
+        "BLIP-RBM, RBM off": (Ours, OFF),
+        "BLIP-RBM, refine and guide": (Ours, {"rbm_guidance": 0.1, "rbm_rerank": False}),
+        "BLIP-RBM, RBM off, 8 bits": (Ours, OFF | {"int8": True}),
+        "BLIP-RBM, best of 10 samples": (Ours, SAMPLES),
+    },
+}
+IMAGE_SIZE = {"embedded": 260, "blip_base": 384}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["embedded", "blip_base"], choices=["embedded", "blip_base"])
+    parser.add_argument("--models", nargs="+", default=["embedded", "blip_base"], choices=list(CONTENDERS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -198,16 +258,13 @@ def main():
     print("| model | dtype | batch | beams | " + " | ".join(names) + " | same tokens | cache MB | peak MB |")
     print("|---" * (len(names) + 7) + "|")
     cells = [(m, b, n) for m in args.models for b in args.batches for n in args.beams]
-    loaded = None
+    running = contenders = None
     for model, batch, beams in tqdm(cells, desc="generate"):
-        if loaded != model:
-            make = {"embedded": embedded, "blip_base": blip_base}[model]
-            made = {dtype: make(getattr(torch, dtype)) for dtype in args.dtypes}
-            contenders = {(d, name): c for d, (of_dtype, _) in made.items() for name, c in of_dtype.items()}
-            loaded, size = model, made[args.dtypes[0]][1]
-        pixels = torch.randn(batch, 3, size, size)
-        among = {key: c for key, c in contenders.items() if beams > 1 or "best of" not in key[1]}
-        for entry in compare(among, pixels, args.pairs, num_beams=beams, do_sample=False):
+        if running != model:
+            if contenders is not None:
+                contenders.stop()
+            running, contenders = model, Contenders(model, args.dtypes)
+        for entry in compare(contenders, batch, beams, args.pairs):
             rows.append({"model": model, "batch": batch, "beams": beams, **entry})
             numbers = " | ".join(f"{entry[name]:.2f}" for name in names[1:])
             print(
@@ -218,6 +275,7 @@ def main():
         if args.output:  # after every cell: a run of an hour that is stopped has lost nothing
             settings = vars(args) | {"threads": torch.get_num_threads(), "new_tokens": NEW_TOKENS}
             Path(args.output).write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    contenders.stop()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.generate import NEW_TOKENS, blip_base
+from benchmarks.generate import IMAGE_SIZE, NEW_TOKENS, Ours, blip_base
 from modeling_blip_rbm.decoder_blip_rbm import ImageCache
 from modeling_blip_rbm.linear_blip_rbm import PackableLinear, packed_linears
 from training.checkpoints import write_json
@@ -72,9 +72,8 @@ def bytes_of_a_step(model, cache: ImageCache) -> int:
 @torch.no_grad()
 def measure(dtype: torch.dtype, bandwidth: float, batch: int = 4, beams: int = 3) -> dict:
     """Args: bandwidth: bytes per second."""
-    contenders, size = blip_base(dtype)
-    ours = contenders["BLIP-RBM, RBM off"]
-    model, pixels = ours.model, torch.randn(batch, 3, size, size, dtype=dtype)
+    model, size = blip_base()[1].to(dtype), IMAGE_SIZE["blip_base"]
+    ours, pixels = Ours(model, rbm=False), torch.randn(batch, 3, size, size, dtype=dtype)
     image = ours.vision(pixels)
     decode = lambda: ours.decode(image, NEW_TOKENS, num_beams=beams, do_sample=False)
     model.pack_linears = False  # whose products are not counted

@@ -118,7 +118,7 @@ class Int8Weight(NamedTuple):
 
 def _rounded(x: torch.Tensor, room: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row in steps of 1/127 of its greatest number: int8 (n, I), and the steps (n, 1), fp32. `room` (n, I), fp32, to compute in."""
-    y = (torch.empty(x.shape) if room is None else room).copy_(x.detach())
+    y = (torch.empty(x.shape, dtype=torch.float32) if room is None else room).copy_(x.detach())
     step = torch.maximum(y.amax(1, keepdim=True), y.amin(1, keepdim=True).neg_()).clamp_(min=1e-10).div_(127)
     return y.mul_(1 / step).round_().to(torch.int8), step
 
@@ -127,7 +127,8 @@ def _int8_product(x, weight: Int8Weight, bias=None, activation=None):
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(rows), len(weight.rounded))
     # for every block in turn: fresh memory would cost more than these passes
-    inputs, sums = (torch.empty(min(BLOCK, len(rows)), size) for size in (x.shape[-1], len(weight.rounded)))
+    widths = x.shape[-1], len(weight.rounded)
+    inputs, sums = (torch.empty(min(BLOCK, len(rows)), width, dtype=torch.float32) for width in widths)
     for some, into in zip(rows.split(BLOCK), out.split(BLOCK)):
         rounded, step = _rounded(some, inputs[: len(some)])
         y = sums[: len(some)].copy_(torch._int_mm(rounded, weight.rounded.T)).mul_(weight.scale).mul_(step)

@@ -127,7 +127,7 @@ def speed_block(speeds: list[dict], bound: dict, folder: dict) -> str:
     """Tables of results of `benchmarks.generate`, with the same settings, and what they mean; how long a folder takes."""
     settings = speeds[0]["settings"]
     meaning = (
-        f"{settings['threads']} threads, {settings['new_tokens']} new tokens, medians of {settings['pairs']} rounds in turn. Times stock: of the whole, "
+        f"{settings['threads']} threads, {settings['new_tokens']} new tokens, medians of {settings['pairs']} rounds in turn, each contender in a process of its own. Times stock: of the whole, "
         f"round by round, stock computing in the same precision (in brackets: in {settings['dtypes'][0]}; of the embedded model, whose tower stock BLIP "
         "has not: the same model with transformers' cache); * where tokens differ from stock's. Seconds and memory of BLIP and of BLIP-RBM with "
         "the RBM off; peak: of the process, above what it held before."
@@ -453,7 +453,7 @@ def blocks() -> dict[str, str]:
         "ablation": ablation_table(results),
         "diversity": diversity_table(benchmark("diversity.json")),
         "speed": speed_block(
-            [benchmark(name) for name in ("generate.json", "generate_embedded.json")],
+            [benchmark(f"generate{name}.json") for name in ("", "_16", "_embedded")],
             benchmark("generate_bound.json"),
             benchmark("folder.json"),
         ),

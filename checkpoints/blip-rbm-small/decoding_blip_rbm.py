@@ -23,14 +23,6 @@ def words_said(token_ids: torch.Tensor, columns: torch.Tensor, num_words: int) -
     return said.scatter_(1, columns[token_ids], 1.0)[:, :num_words]
 
 
-def input_of_words(U: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """U'w (R, H) of the words that stand in token sequences, given the columns (R, T) of their tokens, K for tokens that have none. As
-    `words_said` @ U, but reads the rows of these words alone."""
-    times = (columns[:, :, None] == columns[:, None]).sum(-1)
-    once = torch.where(columns < len(U), 1 / times, 0.0)
-    return F.embedding_bag(columns.clamp(max=len(U) - 1), U, per_sample_weights=once.to(U.dtype), mode="sum")
-
-
 class RBMGuidance(LogitsProcessor):
     """Adds beta * clip(g_k) to the score of every word k not yet said.
 
@@ -71,32 +63,37 @@ class RBMGuidance(LogitsProcessor):
         self.word_ids = torch.tensor(word_ids, device=hidden_input.device)
         self.columns = word_columns(word_ids, vocab_size, hidden_input.device)
         self.beta, self.clip, self.order = beta, clip, order
-        self.kept = {}  # (image, columns of the tokens so far): their gains (K,)
+        self.kept = {}  # (image, columns of the words said): their gains (K,)
 
     def gains(self, input_ids: torch.Tensor) -> torch.Tensor:
         """g (R, K) in nats of the words after the tokens (R, T), zero for words already said.
 
-        They depend on the image and on the set of words said, so a row that adds none, or the same as another, is not computed again:
-        of what `generate` asks for, step by step, about half."""
-        rows_of_image = len(input_ids) // len(self.hidden_input)
-        columns = self.columns[input_ids]
-        keys = [(row // rows_of_image, frozenset(said)) for row, said in enumerate(columns.tolist())]
-        new = {key: row for row, key in enumerate(keys) if key not in self.kept}
-        if new:
-            images = torch.tensor([image for image, _ in new], device=columns.device)
-            self.kept.update(zip(new, self._gains(columns[list(new.values())], self.hidden_input[images])))
+        They depend on the image and on the set of words said. So a row that adds none, or the same as another, is not computed again: of
+        what `generate` asks for, step by step, about half."""
+        rows_of_image, words = len(input_ids) // len(self.hidden_input), len(self.word_ids)
+        keys = [
+            (row // rows_of_image, frozenset(column for column in columns if column < words))
+            for row, columns in enumerate(self.columns[input_ids].tolist())
+        ]
+        if new := list(dict.fromkeys(key for key in keys if key not in self.kept)):
+            self.kept.update(zip(new, self._gains(*zip(*new))))
         self.kept = {key: self.kept[key] for key in keys}  # of this step alone
         return torch.stack([self.kept[key] for key in keys])
 
-    def _gains(self, columns: torch.Tensor, hidden_input: torch.Tensor) -> torch.Tensor:
-        explained = input_of_words(self.parameters.U, columns)
-        a, than = hidden_input + explained, self.parameters.c + explained
+    def _gains(self, images: tuple[int, ...], said: tuple[frozenset[int], ...]) -> torch.Tensor:
+        """(n, K) for n images and the columns of the words said of each."""
+        device, p = self.hidden_input.device, self.parameters
+        number = torch.tensor([len(words) for words in said], device=device)
+        columns = torch.tensor([column for words in said for column in words], dtype=torch.long, device=device)
+        explained = F.embedding_bag(columns, p.U, number.cumsum(0) - number, mode="sum")  # U'w
+        a, than = self.hidden_input[list(images)] + explained, p.c + explained
         if self.product is None:
-            gains = word_gains(self.parameters, a, self.order, than)
+            gains = word_gains(p, a, self.order, than)
         else:
             gains = self.product(gain_moments(a, self.order, than))
-        # the column after the last is for tokens that are no words
-        return F.pad(gains.clamp_(-self.clip, self.clip), (0, 1)).scatter_(1, columns, 0.0)[:, :-1]
+        gains = gains.clamp_(-self.clip, self.clip)
+        gains[torch.repeat_interleave(number), columns] = 0.0
+        return gains
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         bonus = self.beta * self.gains(input_ids) if self.beta else 0.0

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.models.blip.modeling_blip import BlipMLP
-from transformers.models.blip.modeling_blip_text import BlipTextIntermediate
 
 
 BLOCK = 512  # rows at a time of a product in 8 bits, so that its 32-bit sums stay in the cache
@@ -39,12 +38,9 @@ class PackableLinear(nn.Linear):
             return super().forward(input)
         return self.packed_product(input)
 
-    def packed_product(self, input, activation=None, added=None):
+    def packed_product(self, input, activation=None):
         if isinstance(self.packed[0], Int8Weight):
-            product = _int8_product(input, *self.packed, activation)
-            return product if added is None else product.add_(added)
-        if added is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(input, added, *self.packed, "add")
+            return _int8_product(input, *self.packed, activation)
         if activation is None or _is_gelu(activation):
             return _product(input, *self.packed, "none" if activation is None else "gelu")
         return activation(_product(input, *self.packed))
@@ -69,21 +65,39 @@ def activated(input: torch.Tensor, layer: nn.Module, activation: nn.Module) -> t
     return layer.packed_product(input, activation)
 
 
-def with_residual(input: torch.Tensor, layer: nn.Module, residual: torch.Tensor) -> torch.Tensor:
-    """What the layer makes of the input, and the residual; where packed, in one product."""
-    if getattr(layer, "packed", None) is None:
-        return layer(input) + residual
-    return layer.packed_product(input, added=residual)
+def prepared(*layers: nn.Module, activation: Optional[nn.Module] = None) -> Callable:
+    """What the layers make of an input x (..., I), all outputs in one tensor, as a function f(x, residual=None) that is called many times:
+    what is the same in every call is looked up now, which takes longer than a small product itself. The weights are those of now; where
+    packed, activation and residual, which is added last, go with the product."""
+    first, added = layers[0], None
+    packed = getattr(first, "packed", None)
+    if packed is not None and (first.joined or layers) != layers:
+        packed = None
+    if packed is None:  # such as on a GPU, or wrapped by PEFT
+        multiplied = first if len(layers) == 1 else lambda x: torch.cat([layer(x) for layer in layers], -1)
+    elif isinstance(packed[0], Int8Weight):
+        multiplied = lambda x: _int8_product(x, *packed)
+    else:
+        operator, (weight, bias) = torch.ops.mkldnn._linear_pointwise, packed
+        plain, name = operator.default, "gelu" if activation is not None and _is_gelu(activation) else "none"
+        multiplied = lambda x: plain(x, weight, bias, name, [], "none")
+        if activation is None:
+            added = operator.binary
+        activation = None if name == "gelu" else activation
+
+    def product(x, residual=None):
+        if residual is not None and added is not None:
+            return added(x, residual, *packed, "add")
+        y = multiplied(x)
+        y = y if activation is None else activation(y)
+        return y if residual is None else y + residual
+
+    return product
 
 
 class ImageMLP(BlipMLP):
     def forward(self, hidden_states):
         return self.fc2(activated(hidden_states, self.fc1, self.activation_fn))
-
-
-class TextIntermediate(BlipTextIntermediate):
-    def forward(self, hidden_states):
-        return activated(hidden_states, self.dense, self.intermediate_act_fn)
 
 
 def _is_gelu(activation) -> bool:
@@ -104,7 +118,7 @@ class Int8Weight(NamedTuple):
 
 def _rounded(x: torch.Tensor, room: Optional[torch.Tensor] = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row in steps of 1/127 of its greatest number: int8 (n, I), and the steps (n, 1), fp32. `room` (n, I), fp32, to compute in."""
-    y = (torch.empty(x.shape) if room is None else room).copy_(x.detach())
+    y = (torch.empty(x.shape, dtype=torch.float32) if room is None else room).copy_(x.detach())
     step = torch.maximum(y.amax(1, keepdim=True), y.amin(1, keepdim=True).neg_()).clamp_(min=1e-10).div_(127)
     return y.mul_(1 / step).round_().to(torch.int8), step
 
@@ -113,7 +127,8 @@ def _int8_product(x, weight: Int8Weight, bias=None, activation=None):
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(rows), len(weight.rounded))
     # for every block in turn: fresh memory would cost more than these passes
-    inputs, sums = (torch.empty(min(BLOCK, len(rows)), size) for size in (x.shape[-1], len(weight.rounded)))
+    widths = x.shape[-1], len(weight.rounded)
+    inputs, sums = (torch.empty(min(BLOCK, len(rows)), width, dtype=torch.float32) for width in widths)
     for some, into in zip(rows.split(BLOCK), out.split(BLOCK)):
         rounded, step = _rounded(some, inputs[: len(some)])
         y = sums[: len(some)].copy_(torch._int_mm(rounded, weight.rounded.T)).mul_(weight.scale).mul_(step)
@@ -132,8 +147,8 @@ def _pack_int8(weight: torch.Tensor) -> Int8Weight:
 
 
 def make_packable(model: nn.Module):
-    """Every `nn.Linear` of the model becomes a `PackableLinear`, and what BLIP computes between two of them goes with the first."""
-    ours = {nn.Linear: PackableLinear, BlipMLP: ImageMLP, BlipTextIntermediate: TextIntermediate}
+    """Every `nn.Linear` of the model becomes a `PackableLinear`, and what the tower computes between two of them goes with the first."""
+    ours = {nn.Linear: PackableLinear, BlipMLP: ImageMLP}
     for module in model.modules():
         module.__class__ = ours.get(type(module), type(module))
 
