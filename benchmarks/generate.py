@@ -13,7 +13,6 @@ what the process has freed before, and a quarter of stock's time depends on what
 import argparse
 import ctypes
 import gc
-import json
 import re
 import statistics
 import time
@@ -28,6 +27,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, DynamicCache,
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from modeling_blip_rbm.linear_blip_rbm import packed_linears
+from training.checkpoints import write_json
 
 
 REPO = Path(__file__).resolve().parent.parent
@@ -274,7 +274,7 @@ def main():
             )
         if args.output:  # after every cell: a run of an hour that is stopped has lost nothing
             settings = vars(args) | {"threads": torch.get_num_threads(), "new_tokens": NEW_TOKENS}
-            Path(args.output).write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+            write_json(args.output, {"settings": settings, "rows": rows})
     contenders.stop()
 
 

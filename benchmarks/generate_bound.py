@@ -9,7 +9,7 @@ profiler's answer.
 """
 
 import argparse
-import time
+import timeit
 from pathlib import Path
 
 import torch
@@ -32,12 +32,7 @@ KINDS = {  # of operations, by parts of their names
 def seconds_of(function, repeats: int = 7) -> float:
     """Least of some runs, after one that warms up: other work on the machine only adds."""
     function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timeit.repeat(function, number=1, repeat=repeats))
 
 
 def operations(function) -> int:
@@ -59,12 +54,7 @@ def shares(function) -> dict[str, float]:
 
 def bytes_of_a_step(model, cache: ImageCache) -> int:
     """Weights that every step reads, and the image's keys and values."""
-    image = {
-        id(x)
-        for layer in model.text_decoder.bert.encoder.layer
-        for x in (layer.crossattention.self.key, layer.crossattention.self.value)
-    }
-    weights = [m.weight for m in model.text_decoder.modules() if isinstance(m, PackableLinear) and id(m) not in image]
+    weights = [m.weight for m in model.text_decoder.modules() if isinstance(m, PackableLinear) and m.few_rows]
     cached = [t for layer in cache.cross_attention_cache.layers for t in (layer.keys, layer.values)]
     return sum(tensor.nbytes for tensor in weights + cached)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
-from .linear_blip_rbm import PackableLinear, join, prepared, products
+from .linear_blip_rbm import PackableLinear, join, prepared
 
 
 class ImageCache(EncoderDecoderCache):
@@ -58,7 +58,7 @@ class ImageCrossAttention(BlipTextSelfAttention):
 
     def keys_and_values(self, image_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, heads, N, head size) each, of image_embeds (B, N, D)."""
-        return tuple(in_heads(states, self) for states in products(image_embeds, self.key, self.value))
+        return tuple(in_heads(states, self) for states in prepared(self.key, self.value)(image_embeds).chunk(2, -1))
 
     def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None, **kwargs):
         if not isinstance(past_key_values, ImageCache):

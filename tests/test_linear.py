@@ -15,12 +15,10 @@ from modeling_blip_rbm.decoder_blip_rbm import ImageCache
 from modeling_blip_rbm.linear_blip_rbm import (
     Int8Weight,
     PackableLinear,
-    activated,
     join,
     make_packable,
     packed_linears,
     prepared,
-    products,
 )
 
 
@@ -61,10 +59,14 @@ def test_same_numbers(dtype, tolerance, shape):
 def test_an_activation_goes_with_the_product(activation, int8):
     layer, x = new_model()[0], torch.randn(5, 13)
     plain = activation(layer(x))
-    assert torch.equal(activated(x, layer, activation), plain)
+    assert torch.equal(prepared(layer, activation=activation)(x), plain)
     with packed_linears(layer, int8):
-        torch.testing.assert_close(activated(x, layer, activation), activation(layer(x)), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(activated(x, layer, activation), plain, atol=0.05 if int8 else 1e-5, rtol=1e-2)
+        torch.testing.assert_close(
+            prepared(layer, activation=activation)(x), activation(layer(x)), atol=1e-6, rtol=1e-5
+        )
+        torch.testing.assert_close(
+            prepared(layer, activation=activation)(x), plain, atol=0.05 if int8 else 1e-5, rtol=1e-2
+        )
 
 
 @torch.no_grad()
@@ -144,11 +146,11 @@ def test_joined_layers_are_one_product(int8, changed):
         expected = [F.linear(x, layer.weight, layer.bias) for layer in model]
         with packed_linears(model, int8):
             assert [layer.packed is not None for layer in model] == [True, False, False]
-            for ours, their in zip(products(x, *model), expected):
+            for ours, their in zip(prepared(*model)(x).split([7, 5, 3], -1), expected):
                 torch.testing.assert_close(ours, their, **tolerance)
             for layer, their in zip(model, expected):  # each alone, as BLIP's own forward asks for it
                 torch.testing.assert_close(layer(x), their)
-        for ours, their in zip(products(x, *model), expected):
+        for ours, their in zip(prepared(*model)(x).split([7, 5, 3], -1), expected):
             torch.testing.assert_close(ours, their)
         model[changed].weight.mul_(-2)
         model[changed].bias.add_(1)

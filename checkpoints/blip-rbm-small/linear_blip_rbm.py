@@ -36,33 +36,12 @@ class PackableLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.packed is None or self.joined:
             return super().forward(input)
-        return self.packed_product(input)
-
-    def packed_product(self, input, activation=None):
-        if isinstance(self.packed[0], Int8Weight):
-            return _int8_product(input, *self.packed, activation)
-        if activation is None or _is_gelu(activation):
-            return _product(input, *self.packed, "none" if activation is None else "gelu")
-        return activation(_product(input, *self.packed))
+        return prepared(self)(input)
 
 
 def join(*layers: PackableLinear):
-    """These layers have the same input: `products` computes them as one where they are packed. All have a bias, or none."""
+    """These layers have the same input: `prepared` computes them as one where they are packed. All have a bias, or none."""
     layers[0].joined = layers
-
-
-def products(input: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
-    """What each of these layers makes of the input."""
-    if getattr(layers[0], "packed", None) is None or layers[0].joined != layers:  # such as those that PEFT has wrapped
-        return tuple(layer(input) for layer in layers)
-    return layers[0].packed_product(input).split([layer.out_features for layer in layers], -1)
-
-
-def activated(input: torch.Tensor, layer: nn.Module, activation: nn.Module) -> torch.Tensor:
-    """The activation of what the layer makes of the input; where packed, its input is never read from memory again."""
-    if getattr(layer, "packed", None) is None:
-        return activation(layer(input))
-    return layer.packed_product(input, activation)
 
 
 def prepared(*layers: nn.Module, activation: Optional[nn.Module] = None) -> Callable:
@@ -71,33 +50,28 @@ def prepared(*layers: nn.Module, activation: Optional[nn.Module] = None) -> Call
     packed, activation and residual, which is added last, go with the product."""
     first, added = layers[0], None
     packed = getattr(first, "packed", None)
-    if packed is not None and (first.joined or layers) != layers:
-        packed = None
-    if packed is None:  # such as on a GPU, or wrapped by PEFT
-        multiplied = first if len(layers) == 1 else lambda x: torch.cat([layer(x) for layer in layers], -1)
+    if packed is None or (first.joined or layers) != layers:  # such as on a GPU, or wrapped by PEFT
+        product = first if len(layers) == 1 else lambda x: torch.cat([layer(x) for layer in layers], -1)
     elif isinstance(packed[0], Int8Weight):
-        multiplied = lambda x: _int8_product(x, *packed)
+        inside, activation = activation, None
+        product = lambda x: _int8_product(x, *packed, inside)
+    elif activation is not None and _is_gelu(activation):
+        product, activation = lambda x: _product(x, *packed, "gelu"), None
     else:
-        operator, (weight, bias) = torch.ops.mkldnn._linear_pointwise, packed
-        plain, name = operator.default, "gelu" if activation is not None and _is_gelu(activation) else "none"
-        multiplied = lambda x: plain(x, weight, bias, name, [], "none")
-        if activation is None:
-            added = operator.binary
-        activation = None if name == "gelu" else activation
+        product, added = lambda x: _product(x, *packed), _sum_with_product if activation is None else None
 
-    def product(x, residual=None):
+    def function(x, residual=None):
         if residual is not None and added is not None:
-            return added(x, residual, *packed, "add")
-        y = multiplied(x)
-        y = y if activation is None else activation(y)
+            return added(x, residual, *packed)
+        y = product(x) if activation is None else activation(product(x))
         return y if residual is None else y + residual
 
-    return product
+    return function
 
 
 class ImageMLP(BlipMLP):
     def forward(self, hidden_states):
-        return self.fc2(activated(hidden_states, self.fc1, self.activation_fn))
+        return self.fc2(prepared(self.fc1, activation=self.activation_fn)(hidden_states))
 
 
 def _is_gelu(activation) -> bool:
@@ -108,7 +82,11 @@ def _is_gelu(activation) -> bool:
 
 
 def _product(x, packed_weight, bias=None, activation="none"):
-    return torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, activation, [], "none")
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed_weight, bias, activation, [], "none")
+
+
+def _sum_with_product(x, residual, packed_weight, bias=None):
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed_weight, bias, "add")
 
 
 class Int8Weight(NamedTuple):
