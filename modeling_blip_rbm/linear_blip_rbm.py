@@ -3,7 +3,8 @@
 Decoding multiplies a few rows, as many as there are beams, with large matrices. The library that PyTorch asks for products of fp32
 matrices reads those several times slower than memory gives them; oneDNN, with weights in the order in which it reads them, does not
 (`benchmarks/generate.py`, docs/experiments.md). PyTorch's compiler uses the same operators on frozen weights. Results differ from those
-of `nn.Linear` by rounding alone.
+of `nn.Linear` by rounding alone. From how many rows on that pays is measured: on some processors it does from the first, on others a row or
+two are as fast without.
 
 With `int8=True` weights and inputs are rounded to 8 bits, weights with a scale for each output and inputs with one for each row, so that
 a caption does not depend on what else is in its batch (torchao's "int8 dynamic activation, int8 weight", in PyTorch's own product).
@@ -30,11 +31,12 @@ class PackableLinear(nn.Linear):
     """`nn.Linear`, and as that saved, loaded and trained."""
 
     packed: Optional[tuple] = None  # weight and bias, only inside `packed_linears`
+    least_rows = 1  # for which the packed weight is taken, there
     few_rows = False  # at a time, so that reading the weights and rounding the inputs are all that takes time
     joined: tuple["PackableLinear", ...] = ()  # this and others of the same input, all packed with this one
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.packed is None or self.joined:
+        if self.packed is None or self.joined or input.numel() < self.least_rows * self.in_features:
             return super().forward(input)
         return prepared(self)(input)
 
@@ -48,21 +50,33 @@ def prepared(*layers: nn.Module, activation: Optional[nn.Module] = None) -> Call
     """What the layers make of an input x (..., I), all outputs in one tensor, as a function f(x, residual=None) that is called many times:
     what is the same in every call is looked up now, which takes longer than a small product itself. The weights are those of now; where
     packed, activation and residual, which is added last, go with the product."""
-    first, added = layers[0], None
+    first = layers[0]
+    unpacked = first if len(layers) == 1 else lambda x: torch.cat([layer(x) for layer in layers], -1)
     packed = getattr(first, "packed", None)
     if packed is None or (first.joined or layers) != layers:  # such as on a GPU, or wrapped by PEFT
-        product = first if len(layers) == 1 else lambda x: torch.cat([layer(x) for layer in layers], -1)
-    elif isinstance(packed[0], Int8Weight):
-        inside, activation = activation, None
-        product = lambda x: _int8_product(x, *packed, inside)
-    elif activation is not None and _is_gelu(activation):
-        product, activation = lambda x: _product(x, *packed, "gelu"), None
+        return _in_turn(unpacked, activation)
+    weight, bias = packed
+    if isinstance(weight, Int8Weight):
+        return _in_turn(lambda x: _int8_product(x, weight, bias, activation))
+    if activation is not None and _is_gelu(activation):
+        of_many = _in_turn(lambda x: _product(x, weight, bias, "gelu"))
+    elif activation is not None:
+        of_many = _in_turn(lambda x: _product(x, weight, bias), activation)
     else:
-        product, added = lambda x: _product(x, *packed), _sum_with_product if activation is None else None
+        of_many = lambda x, residual=None: (
+            _product(x, weight, bias) if residual is None else _sum_with_product(x, residual, weight, bias)
+        )
+    if first.least_rows <= 1:
+        return of_many
+    of_few = _in_turn(unpacked, activation)
+    least = first.least_rows * first.in_features
+    return lambda x, residual=None: (of_few if x.numel() < least else of_many)(x, residual)
+
+
+def _in_turn(product: Callable, activation: Optional[Callable] = None) -> Callable:
+    """The product, the activation, the sum with the residual as operations of their own."""
 
     def function(x, residual=None):
-        if residual is not None and added is not None:
-            return added(x, residual, *packed)
         y = product(x) if activation is None else activation(product(x))
         return y if residual is None else y + residual
 
@@ -132,29 +146,35 @@ def make_packable(model: nn.Module):
 
 
 @functools.lru_cache
-def packing_pays(dtype: torch.dtype, threads: int, rows: int = 12, size: int = 768) -> bool:
-    """Whether packed weights are faster here for a few rows: measured once, 30 ms. False where PyTorch has no such operators.
+def rows_for_packing(dtype: torch.dtype, threads: int, outputs: int = 3072, inputs: int = 768) -> float:
+    """The least number of rows, 1, 4 or 12, from which packed weights are faster here: measured once, some 60 ms. Infinity if with none, or
+    where PyTorch has no such operators.
 
     Args:
         threads: of PyTorch, on which the answer depends.
+        outputs, inputs: of the weights, of which there are more than the caches hold, as in a decoder.
     """
     g = torch.Generator().manual_seed(0)  # of its own: a seeded run must not depend on whether this was measured before
-    x, *weights = torch.randn(8 * size + rows, size, generator=g).to(dtype).split([rows, *[size] * 8])
+    *weights, x = torch.rand(3 * outputs + 12, inputs, generator=g).sub_(0.5).to(dtype).split([*[outputs] * 3, 12])
+    least = float("inf")
     try:
         packed = [_pack(weight) for weight in weights]
-        close = torch.allclose(_product(x, packed[0]).float(), F.linear(x, weights[0]).float(), rtol=0.02, atol=0.5)
+        if not torch.allclose(_product(x, packed[0]).float(), F.linear(x, weights[0]).float(), rtol=0.02, atol=0.1):
+            return least
     except (AttributeError, RuntimeError, NotImplementedError):
-        return False
-    seconds = []
-    for product, operands in ((F.linear, weights), (_product, packed)):
-        best = float("inf")
-        for _ in range(5):  # more weights than the caches hold, as in a decoder; other work on the machine only adds
-            start = time.perf_counter()
-            for operand in operands:
-                product(x, operand)
-            best = min(best, time.perf_counter() - start)
-        seconds.append(best)
-    return close and seconds[1] < 0.9 * seconds[0]
+        return least
+    for rows in (12, 4, 1):
+        seconds = {_product: float("inf"), F.linear: float("inf")}
+        for _ in range(5):  # in turn; other work on the machine only adds
+            for product, operands in ((F.linear, weights), (_product, packed)):
+                start = time.perf_counter()
+                for operand in operands:
+                    product(x[:rows], operand)
+                seconds[product] = min(seconds[product], time.perf_counter() - start)
+        if seconds[_product] > 0.9 * seconds[F.linear]:
+            break
+        least = rows
+    return least
 
 
 def _state(weights) -> list[tuple]:
@@ -168,8 +188,11 @@ def product_with(module: nn.Module, source: torch.Tensor, weight_of: Callable):
         return lambda x: F.linear(x, weight)
     state, kept = _state([source]), _kept.setdefault(module, {})
     if weight_of not in kept or kept[weight_of][0] != state:
-        kept[weight_of] = state, _pack(weight_of(source))
-    return lambda x: _product(x, kept[weight_of][1])
+        weight = weight_of(source)
+        kept[weight_of] = state, weight, _pack(weight)
+    _, weight, packed = kept[weight_of]
+    least = rows_for_packing(source.dtype, torch.get_num_threads()) * weight.shape[1]
+    return lambda x: F.linear(x, weight) if x.numel() < least else _product(x, packed)
 
 
 def _packed(module: PackableLinear, int8: bool):
@@ -198,7 +221,9 @@ def _can_pack(weight: torch.Tensor, int8: bool) -> bool:
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
     if traced or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    return hasattr(torch, "_int_mm") if int8 else packing_pays(weight.dtype, torch.get_num_threads())
+    if int8:
+        return hasattr(torch, "_int_mm")
+    return rows_for_packing(weight.dtype, torch.get_num_threads()) < float("inf")
 
 
 @contextmanager
@@ -211,6 +236,7 @@ def packed_linears(model: nn.Module, int8: bool = False):
     ways = {module: in_8_bits for module, in_8_bits in ways.items() if _can_pack(module.weight, in_8_bits)}
     for module, in_8_bits in ways.items():
         module.packed = _packed(module, in_8_bits)
+        module.least_rows = 1 if in_8_bits else rows_for_packing(module.weight.dtype, torch.get_num_threads())
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from modeling_blip_rbm.linear_blip_rbm import (
 @pytest.fixture(autouse=True)
 def pays(monkeypatch):
     """Pack whatever this processor is good at."""
-    monkeypatch.setattr(linear_blip_rbm, "packing_pays", lambda *args: True)
+    monkeypatch.setattr(linear_blip_rbm, "rows_for_packing", lambda *args: 1)
 
 
 def new_model():
@@ -89,6 +90,39 @@ def test_prepared_is_what_the_layers_make(packed, activation, together):
     torch.testing.assert_close(product(x), plain, **tolerance)
     torch.testing.assert_close(product(x, residual), plain + residual, **tolerance)
     assert torch.equal(residual, kept)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", [None, nn.GELU(), nn.ReLU()])
+@pytest.mark.parametrize("together", [False, True])
+def test_packed_weights_are_for_as_many_rows_as_pay(monkeypatch, activation, together):
+    monkeypatch.setattr(linear_blip_rbm, "rows_for_packing", lambda *args: 4)
+    model, x = nn.ModuleList([nn.Linear(13, 7), nn.Linear(13, 11)]), torch.randn(5, 13)
+    make_packable(model)
+    layers = tuple(model) if together else tuple(model[:1])
+    if together:
+        join(*layers)
+    plain = torch.cat([layer(x) for layer in layers], 1)
+    plain, residual = plain if activation is None else activation(plain), torch.randn_like(plain)
+    packed_rows = []
+
+    def spied(product, x, *args):
+        packed_rows.append(len(x))
+        return product(x, *args)
+
+    for name in ("_product", "_sum_with_product"):
+        monkeypatch.setattr(linear_blip_rbm, name, partial(spied, getattr(linear_blip_rbm, name)))
+    with packed_linears(model):
+        product = prepared(*layers, activation=activation)
+        of_one_alone = (layers[0](x[:rows]) for rows in (3, 4))
+        for rows in (1, 3, 4, 5):
+            torch.testing.assert_close(product(x[:rows]), plain[:rows], atol=1e-5, rtol=1e-4)
+            expected = plain[:rows] + residual[:rows]
+            torch.testing.assert_close(product(x[:rows], residual[:rows]), expected, atol=1e-5, rtol=1e-4)
+        assert packed_rows == [4, 4, 5, 5]
+        for rows, of_one in zip((3, 4), of_one_alone):
+            torch.testing.assert_close(of_one, F.linear(x[:rows], layers[0].weight, layers[0].bias))
+    assert packed_rows == [4, 4, 5, 5] + [4] * (not together)
 
 
 class Adapter(nn.Module):
@@ -308,9 +342,9 @@ def test_generate_in_8_bits(model, pixel_values, monkeypatch):
 
 def test_measuring_leaves_random_numbers_alone(monkeypatch):
     monkeypatch.undo()
-    linear_blip_rbm.packing_pays.cache_clear()
+    linear_blip_rbm.rows_for_packing.cache_clear()
     state = torch.get_rng_state()
-    assert linear_blip_rbm.packing_pays(torch.float32, torch.get_num_threads()) in (True, False)
+    assert linear_blip_rbm.rows_for_packing(torch.float32, torch.get_num_threads()) in (1, 4, 12, float("inf"))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -320,8 +354,8 @@ def test_without_the_operators_nothing_is_packed(monkeypatch):
 
     monkeypatch.undo()
     monkeypatch.setattr(linear_blip_rbm, "_pack", missing)
-    linear_blip_rbm.packing_pays.cache_clear()
+    linear_blip_rbm.rows_for_packing.cache_clear()
     model = new_model()
     with torch.no_grad(), packed_linears(model):
         assert model[0].packed is None
-    linear_blip_rbm.packing_pays.cache_clear()
+    linear_blip_rbm.rows_for_packing.cache_clear()
