@@ -3,14 +3,15 @@
 Decoding multiplies a few rows, as many as there are beams, with large matrices. The library that PyTorch asks for products of fp32
 matrices reads those several times slower than memory gives them; oneDNN, with weights in the order in which it reads them, does not
 (`benchmarks/generate.py`, docs/experiments.md). PyTorch's compiler uses the same operators on frozen weights. Results differ from those
-of `nn.Linear` by rounding alone. From how many rows on that pays is measured: on some processors it does from the first, on others a row or
-two are as fast without.
+of `nn.Linear` by rounding alone. For how many rows that pays is measured: on some processors for any number, on others not for a row or
+two, nor for hundreds.
 
 With `int8=True` weights and inputs are rounded to 8 bits, weights with a scale for each output and inputs with one for each row, so that
 a caption does not depend on what else is in its batch (torchao's "int8 dynamic activation, int8 weight", in PyTorch's own product).
 """
 
 import functools
+import math
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -31,12 +32,12 @@ class PackableLinear(nn.Linear):
     """`nn.Linear`, and as that saved, loaded and trained."""
 
     packed: Optional[tuple] = None  # weight and bias, only inside `packed_linears`
-    least_rows = 1  # for which the packed weight is taken, there
+    rows: tuple[float, float] = (1, math.inf)  # least and most, for which the packed weight is taken there
     few_rows = False  # at a time, so that reading the weights and rounding the inputs are all that takes time
     joined: tuple["PackableLinear", ...] = ()  # this and others of the same input, all packed with this one
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.packed is None or self.joined or input.numel() < self.least_rows * self.in_features:
+        if self.packed is None or self.joined or not _within(input, self.rows):
             return super().forward(input)
         return prepared(self)(input)
 
@@ -59,18 +60,21 @@ def prepared(*layers: nn.Module, activation: Optional[nn.Module] = None) -> Call
     if isinstance(weight, Int8Weight):
         return _in_turn(lambda x: _int8_product(x, weight, bias, activation))
     if activation is not None and _is_gelu(activation):
-        of_many = _in_turn(lambda x: _product(x, weight, bias, "gelu"))
+        with_packed = _in_turn(lambda x: _product(x, weight, bias, "gelu"))
     elif activation is not None:
-        of_many = _in_turn(lambda x: _product(x, weight, bias), activation)
+        with_packed = _in_turn(lambda x: _product(x, weight, bias), activation)
     else:
-        of_many = lambda x, residual=None: (
+        with_packed = lambda x, residual=None: (
             _product(x, weight, bias) if residual is None else _sum_with_product(x, residual, weight, bias)
         )
-    if first.least_rows <= 1:
-        return of_many
-    of_few = _in_turn(unpacked, activation)
-    least = first.least_rows * first.in_features
-    return lambda x, residual=None: (of_few if x.numel() < least else of_many)(x, residual)
+    if first.rows == PackableLinear.rows:
+        return with_packed
+    rows, without = first.rows, _in_turn(unpacked, activation)
+    return lambda x, residual=None: (with_packed if _within(x, rows) else without)(x, residual)
+
+
+def _within(x: torch.Tensor, rows: tuple[float, float]) -> bool:
+    return rows[0] <= x.numel() // x.shape[-1] <= rows[1]
 
 
 def _in_turn(product: Callable, activation: Optional[Callable] = None) -> Callable:
@@ -146,35 +150,38 @@ def make_packable(model: nn.Module):
 
 
 @functools.lru_cache
-def rows_for_packing(dtype: torch.dtype, threads: int, outputs: int = 3072, inputs: int = 768) -> float:
-    """The least number of rows, 1, 4 or 12, from which packed weights are faster here: measured once, some 60 ms. Infinity if with none, or
-    where PyTorch has no such operators.
+def rows_for_packing(dtype: torch.dtype, threads: int, outputs: int = 3072, inputs: int = 768) -> Optional[tuple]:
+    """The least and the most rows for which packed weights are faster here, (1, infinity) if for any number: measured once, some 100 ms. None
+    if not for 12, or where PyTorch has no such operators.
 
     Args:
         threads: of PyTorch, on which the answer depends.
         outputs, inputs: of the weights, of which there are more than the caches hold, as in a decoder.
     """
     g = torch.Generator().manual_seed(0)  # of its own: a seeded run must not depend on whether this was measured before
-    *weights, x = torch.rand(3 * outputs + 12, inputs, generator=g).sub_(0.5).to(dtype).split([*[outputs] * 3, 12])
-    least = float("inf")
+    *weights, x = torch.rand(3 * outputs + 256, inputs, generator=g).sub_(0.5).to(dtype).split([*[outputs] * 3, 256])
     try:
         packed = [_pack(weight) for weight in weights]
         if not torch.allclose(_product(x, packed[0]).float(), F.linear(x, weights[0]).float(), rtol=0.02, atol=0.1):
-            return least
+            return None
     except (AttributeError, RuntimeError, NotImplementedError):
-        return least
-    for rows in (12, 4, 1):
-        seconds = {_product: float("inf"), F.linear: float("inf")}
+        return None
+
+    def pays(rows: int) -> bool:
+        some = 3 if rows < 64 else 1  # reading the weights, or arithmetic, is what takes time
+        seconds = {_product: math.inf, F.linear: math.inf}
         for _ in range(5):  # in turn; other work on the machine only adds
-            for product, operands in ((F.linear, weights), (_product, packed)):
+            for product, operands in ((F.linear, weights[:some]), (_product, packed[:some])):
                 start = time.perf_counter()
                 for operand in operands:
                     product(x[:rows], operand)
                 seconds[product] = min(seconds[product], time.perf_counter() - start)
-        if seconds[_product] > 0.9 * seconds[F.linear]:
-            break
-        least = rows
-    return least
+        return seconds[_product] < 0.95 * seconds[F.linear]
+
+    if not pays(12):
+        return None
+    least = 12 if not pays(4) else 1 if pays(1) else 4
+    return least, 12 if not pays(64) else math.inf if pays(256) else 64
 
 
 def _state(weights) -> list[tuple]:
@@ -191,8 +198,8 @@ def product_with(module: nn.Module, source: torch.Tensor, weight_of: Callable):
         weight = weight_of(source)
         kept[weight_of] = state, weight, _pack(weight)
     _, weight, packed = kept[weight_of]
-    least = rows_for_packing(source.dtype, torch.get_num_threads()) * weight.shape[1]
-    return lambda x: F.linear(x, weight) if x.numel() < least else _product(x, packed)
+    rows = rows_for_packing(source.dtype, torch.get_num_threads())
+    return lambda x: _product(x, packed) if _within(x, rows) else F.linear(x, weight)
 
 
 def _packed(module: PackableLinear, int8: bool):
@@ -215,7 +222,7 @@ def _8_bits_pay(module: PackableLinear) -> bool:
     return not (module.few_rows and module.weight.dtype == torch.bfloat16)
 
 
-def _can_pack(weight: torch.Tensor, int8: bool) -> bool:
+def _can_pack(weight: torch.Tensor, int8: bool, few_rows: bool = True) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
@@ -223,7 +230,8 @@ def _can_pack(weight: torch.Tensor, int8: bool) -> bool:
         return False
     if int8:
         return hasattr(torch, "_int_mm")
-    return rows_for_packing(weight.dtype, torch.get_num_threads()) < float("inf")
+    rows = rows_for_packing(weight.dtype, torch.get_num_threads())
+    return rows is not None and (few_rows or rows[1] == math.inf)
 
 
 @contextmanager
@@ -233,15 +241,18 @@ def packed_linears(model: nn.Module, int8: bool = False):
     modules = [module for module in model.modules() if isinstance(module, PackableLinear)]
     with_others = {layer for module in modules for layer in module.joined[1:]}
     ways = {m: int8 and _8_bits_pay(m) for m in modules if m.packed is None and m not in with_others}
-    ways = {module: in_8_bits for module, in_8_bits in ways.items() if _can_pack(module.weight, in_8_bits)}
+    ways = {
+        module: in_8_bits for module, in_8_bits in ways.items() if _can_pack(module.weight, in_8_bits, module.few_rows)
+    }
     for module, in_8_bits in ways.items():
         module.packed = _packed(module, in_8_bits)
-        module.least_rows = 1 if in_8_bits else rows_for_packing(module.weight.dtype, torch.get_num_threads())
+        if not in_8_bits:
+            module.rows = rows_for_packing(module.weight.dtype, torch.get_num_threads())
     try:
         yield
     finally:
         for module in ways:
-            module.packed = None
+            module.packed, module.rows = None, PackableLinear.rows
 
 
 def with_packed_linears(method):
