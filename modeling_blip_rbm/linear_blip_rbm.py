@@ -149,6 +149,22 @@ def make_packable(model: nn.Module):
         module.__class__ = ours.get(type(module), type(module))
 
 
+def is_traced() -> bool:
+    """Whether the model is being compiled or exported, so that nothing may be measured or prepared."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+
+
+def time_ratio(function: Callable, other: Callable, times: int = 5) -> float:
+    """The shortest time of one function by that of the other, each called so many times, in turn: other work on the machine only adds."""
+    shortest = [math.inf, math.inf]
+    for _ in range(times):
+        for i, called in enumerate((function, other)):
+            start = time.perf_counter()
+            called()
+            shortest[i] = min(shortest[i], time.perf_counter() - start)
+    return shortest[0] / shortest[1]
+
+
 @functools.lru_cache
 def rows_for_packing(dtype: torch.dtype, threads: int, outputs: int = 3072, inputs: int = 768) -> Optional[tuple]:
     """The least and the most rows for which packed weights are faster here, (1, infinity) if for any number: measured once, some 100 ms. None
@@ -169,14 +185,8 @@ def rows_for_packing(dtype: torch.dtype, threads: int, outputs: int = 3072, inpu
 
     def pays(rows: int) -> bool:
         some = 3 if rows < 64 else 1  # reading the weights, or arithmetic, is what takes time
-        seconds = {_product: math.inf, F.linear: math.inf}
-        for _ in range(5):  # in turn; other work on the machine only adds
-            for product, operands in ((F.linear, weights[:some]), (_product, packed[:some])):
-                start = time.perf_counter()
-                for operand in operands:
-                    product(x[:rows], operand)
-                seconds[product] = min(seconds[product], time.perf_counter() - start)
-        return seconds[_product] < 0.95 * seconds[F.linear]
+        products = lambda product, operands: lambda: [product(x[:rows], operand) for operand in operands[:some]]
+        return time_ratio(products(_product, packed), products(F.linear, weights)) < 0.95
 
     if not pays(12):
         return None
@@ -225,8 +235,7 @@ def _8_bits_pay(module: PackableLinear) -> bool:
 def _can_pack(weight: torch.Tensor, int8: bool, few_rows: bool = True) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-    if traced or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if is_traced() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     if int8:
         return hasattr(torch, "_int_mm")

@@ -127,6 +127,23 @@ def test_attention_by_blocks_is_attention(block):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_tower_takes_the_attention_that_pays_in_half_precision(model, pixel_values, monkeypatch, fused):
+    calls = []
+    monkeypatch.setattr(
+        modeling_blip_rbm, "fused_attention_pays", lambda dtype, threads: fused or dtype == torch.float32
+    )
+    monkeypatch.setattr(
+        modeling_blip_rbm, "attention_by_blocks", lambda *args: calls.append(1) or attention_by_blocks(*args)
+    )
+    expected = model.encode_image(pixel_values).image_embeds
+    assert not calls
+    half = model.to(torch.bfloat16).encode_image(pixel_values.to(torch.bfloat16)).image_embeds
+    assert len(calls) == (0 if fused else len(model.vision_model.encoder.layers))
+    assert (half - expected).norm() < 0.05 * expected.norm()
+
+
+@torch.no_grad()
 def test_the_tower_in_half_precision_is_as_near_as_blips(blip, model, pixel_values):
     expected = blip.vision_model(pixel_values)[0]
     ours, theirs = model.bfloat16(), blip.bfloat16()
