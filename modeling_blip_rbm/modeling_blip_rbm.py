@@ -32,7 +32,7 @@ from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionMode
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .configuration_blip_rbm import BlipRBMConfig
+from .configuration_blip_rbm import PHRASE_WEIGHTS, BlipRBMConfig
 from .decoder_blip_rbm import ImageCache, ImageCrossAttention, decode, plan_products
 from .decoding_blip_rbm import (
     ContextLimit,
@@ -377,7 +377,8 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         self.rbm_layer.phrases = phrases
         self.config.rbm_num_phrases = 0 if phrases is None else len(phrases.numbers)
         if phrases is None:
-            self.config.rbm_rerank_cider = 0.0
+            for name in PHRASE_WEIGHTS:
+                setattr(self.config, name, 0.0)
 
     def optimize_for_inference(self):
         """Fold the vision tower (`folded_tower`), in place; the model itself. Afterwards it captions, but can be neither trained nor
@@ -658,6 +659,9 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         if order != "exact" and self.pack_linears:
             product = product_with(rbm, p.U, WEIGHTS_OF_GAINS[order])
         vocab_size, clip = config.text_config.vocab_size, config.rbm_guidance_clip
+        if config.rbm_guidance_rarity:
+            words = torch.tensor(config.rbm_word_ids, device=hidden_input.device)
+            beta = beta * (1 + config.rbm_guidance_rarity * self.rbm_layer.phrases.token_rarity(words))
         return RBMGuidance(
             p, hidden_input, config.rbm_word_ids, vocab_size, beta, clip, order, product=product, **causes
         )
@@ -773,8 +777,8 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             similarities: kinds of `decoding_blip_rbm.caption_similarity`; default the config's.
 
         Returns:
-            `log_prob` by the decoder (nats), `length` (tokens), `pmi` by the RBM (nats), `cider` that it expects, if it has phrases, and
-            of every similarity, under its name, the consensus.
+            `log_prob` by the decoder (nats), `length` (tokens), `pmi` by the RBM (nats), if it has phrases `cider` that it expects and
+            the words' `rarity` (nats), and of every similarity, under its name, the consensus.
         """
         config, p = self.config, self.rbm_layer.rbm.parameters_fp32
         text = config.text_config
@@ -789,6 +793,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         if config.rbm_num_phrases:
             causes = torch.sigmoid(encoding.hidden_input)
             parts["cider"] = self.rbm_layer.phrases.expected_cider(causes, sequences, special)
+            parts["rarity"] = self.rbm_layer.phrases.rarity(sequences, special)
         for kind in (config.rbm_rerank_similarity,) if similarities is None else similarities:
             parts[kind] = consensus(caption_similarity(sequences, kind, special, q))
         return parts

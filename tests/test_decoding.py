@@ -184,11 +184,13 @@ def test_rerank_scores():
     parts = {
         name: torch.tensor([[v]]) for name, v in zip(("log_prob", "length", "pmi", "overlap"), (-6.0, 4.0, 2.0, 0.5))
     }
-    names = ("length_penalty", "pmi", "consensus", "cider", "similarity")
-    settings = dict(zip([f"rbm_rerank_{name}" for name in names], (0.5, 0.1, 3.0, 0.0, "overlap")))
+    names = ("length_penalty", "pmi", "consensus", "cider", "rarity", "similarity")
+    settings = dict(zip([f"rbm_rerank_{name}" for name in names], (0.5, 0.1, 3.0, 0.0, 0.0, "overlap")))
     assert rerank_scores(parts, settings).item() == pytest.approx(-6 / 2 + 0.1 * 2 + 3 * 0.5)
     with_cider = rerank_scores(parts | {"cider": torch.tensor([[0.7]])}, settings | {"rbm_rerank_cider": 4.0})
     assert with_cider.item() == pytest.approx(-6 / 2 + 0.1 * 2 + 3 * 0.5 + 4 * 0.7)
+    with_rarity = rerank_scores(parts | {"rarity": torch.tensor([[1.3]])}, settings | {"rbm_rerank_rarity": 2.0})
+    assert with_rarity.item() == pytest.approx(-6 / 2 + 0.1 * 2 + 3 * 0.5 + 2 * 1.3)
 
 
 def test_causes_shift_the_words_that_they_favour(params):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, phrases_blip_rbm
 from modeling_blip_rbm.decoding_blip_rbm import ngram_numbers
 from modeling_blip_rbm.phrases_blip_rbm import PhraseBlock, length_factors
 from tests.conftest import tiny_config
@@ -101,6 +101,40 @@ def test_rare_phrases_are_left_out(block):
         choose_phrases(words, image, PAD, 6, H, VOCAB)
 
 
+def test_rarity_is_the_idf_above_that_of_words_that_are_common(block, monkeypatch):
+    full, words, image = block
+    monkeypatch.setattr(phrases_blip_rbm, "RARE_FROM", 0.6)
+    said_of = {"5": 4, "7": 4, "31": 2, "41": 1, "19": 1, "43": 0}  # images; 43 counts as the rarest word
+    rare = {word: max(0.0, np.log(5 / max(images, 1)) - 0.6) for word, images in said_of.items()}
+    assert rare["5"] == 0 < rare["31"] < rare["41"]
+    texts = ["5 7 31", "31 5 31", "41 31 43", "5 7"]
+    sequences = torch.tensor([[DEC, *row, SEP, PAD] for row in ids_of(texts, 4).tolist()]).view(2, 2, -1)
+    got = full.rarity(sequences, (PAD, SEP, DEC))
+    expected = [sum(rare[word] for word in set(text.split())) for text in texts]
+    torch.testing.assert_close(got, torch.tensor(expected).float().view(2, 2))
+    few = choose_phrases(words, image, PAD, 2, H, VOCAB)
+    assert few.token_rarity(torch.tensor([41, 31])).tolist() == pytest.approx([np.log(5 / 2) - 0.6] * 2)
+
+
+def test_guide_favours_rare_words(model, pixel_values, monkeypatch):
+    vocab, word_ids = model.config.text_config.vocab_size, model.config.rbm_word_ids
+    block = PhraseBlock(len(word_ids), model.config.rbm_hidden_size, vocab)
+    block.numbers.copy_(torch.tensor(word_ids) + 1)
+    block.idf.copy_(torch.linspace(0, 3, len(word_ids)))
+    monkeypatch.setattr(phrases_blip_rbm, "RARE_FROM", 1.0)
+    with pytest.raises(ValueError, match="rbm_guidance_rarity is 0.5; allowed: 0 without phrases"):
+        tiny_config(rbm_guidance_rarity=0.5)
+    model.set_phrases(block)
+    hidden_input = model.encode_image(pixel_values).hidden_input
+    ids, scores = torch.full((len(pixel_values), 1), DEC), torch.zeros(len(pixel_values), vocab)
+    plain = model._guidance(hidden_input, 0.3)(ids, scores)
+    model.config.rbm_guidance_rarity = 0.5
+    favoured = model._guidance(hidden_input, 0.3)(ids, scores)
+    more = 1 + 0.5 * (torch.linspace(0, 3, len(word_ids)) - 1).clamp(min=0)
+    torch.testing.assert_close(favoured[:, word_ids], more * plain[:, word_ids])
+    assert more[0] == 1 < more[-1] and plain[:, word_ids].abs().min() > 0
+
+
 def test_lengths_unlike_the_references_cost():
     factors = length_factors(torch.tensor([4, 4, 7]))
     for length in (0, 4, 9):
@@ -158,6 +192,7 @@ def test_rerank_asks_for_the_expected_cider(model, pixel_values, block, tmp_path
         torch.sigmoid(encoding.hidden_input), candidates.view(5, 7, -1), special
     )
     torch.testing.assert_close(got.float(), parts["cider"], atol=0.02, rtol=0.02)
+    model.config.rbm_rerank_rarity = 1.0
     model.set_phrases(None)
-    assert model.config.rbm_num_phrases == model.config.rbm_rerank_cider == 0
+    assert model.config.rbm_num_phrases == model.config.rbm_rerank_cider == model.config.rbm_rerank_rarity == 0
     assert "cider" not in model.candidate_parts(encoding, candidates)

@@ -11,6 +11,7 @@ from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
 from modeling_blip_rbm.rbm import hidden_input
 from tests.conftest import VOCABULARY, random_image, tiny_tokenizer
 from tests.stages import in_process, process
+from training import tune_decoding
 from training.average_captioners import average
 from training.checkpoints import save_captioner
 from training.data import CaptionWords, fold_of, split_held_back
@@ -397,3 +398,22 @@ def test_convert_blip(blip, processor, pixel_values, tmp_path):
 def test_onnx_runtime_says_the_same(saved_model, tmp_path):
     out = in_process("export_onnx", "--model", saved_model, "--output_dir", "onnx", cwd=tmp_path)
     assert "ONNX Runtime says what PyTorch says" in out and (tmp_path / "onnx" / "decode.onnx").exists()
+
+
+def test_the_grid_of_rerank_counts_what_it_chooses(monkeypatch):
+    """Two images, three candidates each: what the score chooses is what CIDEr-D and vocabulary are of."""
+    captions = [["a dog runs", "a dog", "an ibex"], ["a dog", "a dog runs", "a heron wades"]]
+    cider = np.array([[0.3, 0.5, 0.2], [0.7, 0.4, 0.1]])
+    parts = {name: np.zeros((2, 3)) for name in ("log_prob", "pmi", *tune_decoding.SIMILARITIES)}
+    parts |= {"length": np.ones((2, 3)), "cider": np.array([[0.1, 0.4, 0.2], [0.3, 0.2, 0.1]])}
+    parts["rarity"] = np.array([[0, 0, 2], [0, 0, 2]])
+    kept = dict.fromkeys(tune_decoding.RERANK_GRID, (0.0,))
+    grid = kept | {"rbm_rerank_cider": (1.0,), "rbm_rerank_rarity": (0.0, 9.0), "rbm_rerank_similarity": ("jaccard",)}
+    monkeypatch.setattr(tune_decoding, "RERANK_GRID", grid)
+    common, rare = tune_decoding.tune_rerank(captions, parts, cider)
+    assert common["cider"] == pytest.approx(60) and common["vocabulary"] == 2  # a, dog
+    assert rare["cider"] == pytest.approx(15) and rare["vocabulary"] == 5  # an, ibex, a, heron, wades
+    assert tune_decoding.best_of_varied([common, rare], 2) is common
+    assert tune_decoding.best_of_varied([common, rare], 2.5) is rare
+    with pytest.raises(ValueError, match="no setting reaches the vocabulary of 6 words .* at most 5"):
+        tune_decoding.best_of_varied([common, rare], 6)

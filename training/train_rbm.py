@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
+from modeling_blip_rbm.configuration_blip_rbm import PHRASE_WEIGHTS
 from modeling_blip_rbm.rbm import (
     GibbsState,
     bernoulli,
@@ -242,7 +243,8 @@ def with_new_rbm(model, word_ids, settings: RBMArguments, pooled: Iterable[torch
     config = BlipRBMConfig.from_dict(
         model.config.to_dict()
         | {"rbm_word_ids": word_ids, "rbm_hidden_size": settings.hidden_size}
-        | {"rbm_num_phrases": 0, "rbm_rerank_cider": 0.0}  # they were fitted to other causes
+        | {"rbm_num_phrases": 0}
+        | dict.fromkeys(PHRASE_WEIGHTS, 0.0)  # they were fitted to other causes
         | ({"rbm_pooling": settings.pooling, "rbm_visible_size": None} if settings.pooling else {})
     )
     fresh = BlipRBMForConditionalGeneration(config)

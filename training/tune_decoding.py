@@ -9,7 +9,8 @@ Every number here is of held-back *training* images; no validation image is look
    `tolerance` of the best, and BLEU-4 within `bleu_tolerance`, the one with the largest vocabulary: variety where it costs
    little. They become part of plain BLIP, the baseline.
 2. guide and re-rank together: for every weight of guide the candidates that it gives, and a grid over the weights of the parts of
-   each candidate's score; in the same way, with `rerank_tolerance`.
+   each candidate's score. With `rerank_vocabulary` the best CIDEr-D whose vocabulary is so many times plain BLIP's, else in the same way
+   as plain BLIP, with `rerank_tolerance`.
 """
 
 import itertools
@@ -19,8 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.feature_extraction.text import CountVectorizer
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from modeling_blip_rbm.configuration_blip_rbm import PHRASE_WEIGHTS
 from modeling_blip_rbm.decoding_blip_rbm import SIMILARITIES, rerank_scores
 from training.arguments import DataArguments, parse_arguments
 from training.checkpoints import refuse_other_output, save_captioner, write_json
@@ -54,16 +57,29 @@ class TuningArguments:
         default=0.6, metadata={"help": "BLEU-4 points that plain BLIP may give for vocabulary"}
     )
     rerank_tolerance: float = field(default=1.0, metadata={"help": "the same for guide and re-rank"})
+    rerank_vocabulary: float = field(
+        default=0.0,
+        metadata={
+            "help": "guide and re-rank are to use so many times as many different words as plain BLIP, with the best CIDEr-D that "
+            "allows; 0: as many as `rerank_tolerance` allows"
+        },
+    )
     guidance: list[float] = field(default_factory=lambda: [0.1, 0.3], metadata={"help": "weights of guide tried"})
+    guidance_rarity: list[float] = field(
+        default_factory=lambda: [0.0],
+        metadata={"help": "shares by which its weight grows with rarity tried, with each weight"},
+    )
     order: str = field(default="second", metadata={"help": "how word gains are computed: exact, second, first"})
     half: bool = field(default=False, metadata={"help": "store fp16 weights"})
 
 
+GUIDE = ("rbm_guidance", "rbm_guidance_rarity")
 RERANK_GRID = {
-    "rbm_rerank_length_penalty": (0.0, 0.5, 0.75, 1.0),
-    "rbm_rerank_pmi": (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
-    "rbm_rerank_consensus": (0.0, 2.0, 4.0, 8.0, 16.0),
-    "rbm_rerank_cider": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0),
+    "rbm_rerank_length_penalty": (0.0, 0.5),
+    "rbm_rerank_pmi": (0.0, 0.2, 0.4, 0.8, 1.6, 2.4),
+    "rbm_rerank_consensus": (0.0, 4.0, 8.0),
+    "rbm_rerank_cider": (0.0, 4.0, 16.0, 32.0, 64.0),
+    "rbm_rerank_rarity": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
     "rbm_rerank_similarity": SIMILARITIES,
 }
 
@@ -72,15 +88,16 @@ def tune_rerank(captions: list[list[str]], parts: dict[str, np.ndarray], cider: 
     """What each setting of the grid chooses among the candidates, captions, parts and sentence CIDEr-D (images, n) each: mean CIDEr-D and
     vocabulary, beside its weights."""
     tried, parts = [], {name: torch.from_numpy(part) for name, part in parts.items()}
-    words = [[set(tokenize(text)) for text in of_image] for of_image in captions]
-    images = np.arange(len(cider))
-    grid = RERANK_GRID if "cider" in parts else RERANK_GRID | {"rbm_rerank_cider": (0.0,)}
+    words = CountVectorizer(analyzer=tokenize, binary=True, dtype=bool)
+    said = words.fit_transform(text for of_image in captions for text in of_image)  # (images * n, words)
+    images, n = np.arange(len(cider)), cider.shape[1]
+    grid = RERANK_GRID if "cider" in parts else RERANK_GRID | dict.fromkeys(PHRASE_WEIGHTS, (0.0,))
     for values in itertools.product(*grid.values()):
         weights = dict(zip(grid, values))
         if weights["rbm_rerank_consensus"] == 0 and weights["rbm_rerank_similarity"] != SIMILARITIES[0]:
             continue  # the same as with the first
         chosen = rerank_scores(parts, weights).argmax(1).numpy()
-        vocabulary = len(set().union(*(words[i][k] for i, k in enumerate(chosen))))
+        vocabulary = int((said[n * images + chosen].sum(0) > 0).sum())
         tried.append(weights | {"cider": 100 * cider[images, chosen].mean(), "vocabulary": vocabulary})
     return tried
 
@@ -116,6 +133,21 @@ def most_varied(entries: list[dict], tolerance: float, bleu_tolerance: float | N
     if not good:
         return max(entries, key=lambda entry: entry["cider"])
     return max(good, key=lambda entry: entry["vocabulary"])
+
+
+def best_of_varied(entries: list[dict], vocabulary: float) -> dict:
+    """Of the entries with so large a vocabulary the one with the best CIDEr-D.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    most = max(entry["vocabulary"] for entry in entries)
+    if most < vocabulary:
+        raise ValueError(
+            f"no setting reaches the vocabulary of {vocabulary:.0f} words that --rerank_vocabulary asks for, at most {most}: ask for less, "
+            "or try larger weights with --guidance"
+        )
+    return max((e for e in entries if e["vocabulary"] >= vocabulary), key=lambda entry: entry["cider"])
 
 
 @torch.no_grad()
@@ -160,25 +192,32 @@ def main():
 
     plain = tune_plain(model, held_back, log_frequency, args)
     tried, candidates = [], {}
-    for beta in args.guidance:
-        outputs, parts = candidate_parts(model, processor, store, range(len(rows)), args.candidates, rbm_guidance=beta)
+    for guidance in itertools.product(args.guidance, args.guidance_rarity):
+        if not guidance[0] and guidance[1] != args.guidance_rarity[0]:
+            continue  # the same: nothing grows
+        guide = dict(zip(GUIDE, guidance))
+        for name, value in guide.items():
+            setattr(config, name, value)
+        outputs, parts = candidate_parts(model, processor, store, range(len(rows)), args.candidates)
         cider = np.array([[held_back.scorer.score(i, text) for text in of] for i, of in enumerate(outputs)])
-        tried += [{"rbm_guidance": beta} | setting for setting in tune_rerank(outputs, parts, cider)]
-        candidates[beta] = {
+        tried += [guide | setting for setting in tune_rerank(outputs, parts, cider)]
+        candidates[str(guidance)] = {
             "first_candidate": 100 * cider[:, 0].mean(),
             "random_candidate": 100 * cider.mean(),
             "oracle": 100 * cider.max(1).mean(),
         }
+    chosen_plain = most_varied(plain, args.tolerance, args.bleu_tolerance)
     chosen = most_varied(tried, args.rerank_tolerance)
+    if args.rerank_vocabulary:
+        chosen = best_of_varied(tried, args.rerank_vocabulary * chosen_plain["vocabulary"])
     rerank = {"candidates": candidates, "best": sorted(tried, key=lambda t: -t["cider"])[:10], "chosen": chosen}
-    rerank |= {name: best_by(tried, name) for name in ("rbm_guidance", *RERANK_GRID)}
+    rerank |= {name: best_by(tried, name) for name in (*GUIDE, *RERANK_GRID)}
     print(json.dumps(rerank, indent=1))
     settings = {name: value for name, value in chosen.items() if name.startswith("rbm_")}
     for name, value in {"rbm_rerank": True, **settings}.items():
         setattr(config, name, value)
     guide = held_back.measure(model, rbm_rerank=False)
     save_captioner(model, processor, args.output_dir, half=args.half)
-    chosen_plain = most_varied(plain, args.tolerance, args.bleu_tolerance)
     report = {
         "images": len(rows),
         "plain": plain,
