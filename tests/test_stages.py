@@ -47,7 +47,7 @@ def tuned(work, data):
     phrases = ["--model", "rbm/best", *data, "--output_dir", "phrases", "--min_images", 3]
     in_process("fit_phrases", *phrases, cwd=work)
     tune = ["--model", "phrases/best", *data, "--output_dir", "tuned", "--candidates", 5, "--guidance", 0.0, 0.2]
-    tune += ["--guidance_rarity", 0.0, 0.5]
+    tune += ["--guidance_rarity", 0.0, 0.5, "--rerank_vocabulary", 1.1]
     in_process("tune_decoding", *tune, "--half", True, "--max_new_tokens", 9, cwd=work)
     return work / "tuned"
 

@@ -400,20 +400,28 @@ def test_onnx_runtime_says_the_same(saved_model, tmp_path):
     assert "ONNX Runtime says what PyTorch says" in out and (tmp_path / "onnx" / "decode.onnx").exists()
 
 
-def test_the_grid_of_rerank_counts_what_it_chooses(monkeypatch):
+def test_the_grid_of_rerank_counts_what_it_chooses(monkeypatch, capsys):
     """Two images, three candidates each: what the score chooses is what CIDEr-D and vocabulary are of."""
     captions = [["a dog runs", "a dog", "an ibex"], ["a dog", "a dog runs", "a heron wades"]]
     cider = np.array([[0.3, 0.5, 0.2], [0.7, 0.4, 0.1]])
     parts = {name: np.zeros((2, 3)) for name in ("log_prob", "pmi", *tune_decoding.SIMILARITIES)}
     parts |= {"length": np.ones((2, 3)), "cider": np.array([[0.1, 0.4, 0.2], [0.3, 0.2, 0.1]])}
     parts["rarity"] = np.array([[0, 0, 2], [0, 0, 2]])
-    kept = dict.fromkeys(tune_decoding.RERANK_GRID, (0.0,))
-    grid = kept | {"rbm_rerank_cider": (1.0,), "rbm_rerank_rarity": (0.0, 9.0), "rbm_rerank_similarity": ("jaccard",)}
+    grid = dict.fromkeys(tune_decoding.RERANK_GRID, (0.0,))
+    grid |= {"rbm_rerank_cider": (0.0, 1.0), "rbm_rerank_similarity": ("jaccard",)}
     monkeypatch.setattr(tune_decoding, "RERANK_GRID", grid)
-    common, rare = tune_decoding.tune_rerank(captions, parts, cider)
-    assert common["cider"] == pytest.approx(60) and common["vocabulary"] == 2  # a, dog
-    assert rare["cider"] == pytest.approx(15) and rare["vocabulary"] == 5  # an, ibex, a, heron, wades
-    assert tune_decoding.best_of_varied([common, rare], 2) is common
-    assert tune_decoding.best_of_varied([common, rare], 2.5) is rare
-    with pytest.raises(ValueError, match="no setting reaches the vocabulary of 6 words .* at most 5"):
-        tune_decoding.best_of_varied([common, rare], 6)
+    monkeypatch.setattr(tune_decoding, "RARITY", (0.0, 0.07, 9.0))
+    choices = tune_decoding.Choices(captions, parts, cider)
+    first, common = choices.tune()
+    assert first["cider"] == pytest.approx(50) and first["vocabulary"] == 3  # a, dog, runs
+    assert common["cider"] == pytest.approx(60) and common["vocabulary"] == 2
+    series = choices.with_rarity(common)
+    assert [outcome["rbm_rerank_rarity"] for outcome in series] == [0.0, 0.07, 9.0]
+    assert [outcome["vocabulary"] for outcome in series] == [2, 2, 5]  # an, ibex, a, heron, wades
+    assert series[2]["cider"] == pytest.approx(15)
+    assert tune_decoding.best_of_varied([series], 2) == series[0]
+    other = [common | {"cider": 61, "vocabulary": words} for words in (3, 4)]
+    assert tune_decoding.best_of_varied([series, other], 2.5) is other[0]
+    assert tune_decoding.best_of_varied([series, other], 4.5) is series[2]
+    assert tune_decoding.best_of_varied([other], 5) is other[1]
+    assert "5 words was asked for, but none of these weights reaches it: 4 at most" in capsys.readouterr().out

@@ -9,8 +9,9 @@ Every number here is of held-back *training* images; no validation image is look
    `tolerance` of the best, and BLEU-4 within `bleu_tolerance`, the one with the largest vocabulary: variety where it costs
    little. They become part of plain BLIP, the baseline.
 2. guide and re-rank together: for every weight of guide the candidates that it gives, and a grid over the weights of the parts of
-   each candidate's score. With `rerank_vocabulary` the best CIDEr-D whose vocabulary is so many times plain BLIP's, else in the same way
-   as plain BLIP, with `rerank_tolerance`.
+   each candidate's score. With `rerank_vocabulary` the setting with the best CIDEr-D gets more and more weight on rare words until
+   the vocabulary is so many times plain BLIP's: one weight is moved for it, as of thousands of settings the one with the largest
+   vocabulary would owe it to these images. Else one is chosen as for plain BLIP, with `rerank_tolerance`.
 """
 
 import itertools
@@ -23,7 +24,6 @@ import torch
 from sklearn.feature_extraction.text import CountVectorizer
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.configuration_blip_rbm import PHRASE_WEIGHTS
 from modeling_blip_rbm.decoding_blip_rbm import SIMILARITIES, rerank_scores
 from training.arguments import DataArguments, parse_arguments
 from training.checkpoints import refuse_other_output, save_captioner, write_json
@@ -60,8 +60,8 @@ class TuningArguments:
     rerank_vocabulary: float = field(
         default=0.0,
         metadata={
-            "help": "guide and re-rank are to use so many times as many different words as plain BLIP, with the best CIDEr-D that "
-            "allows; 0: as many as `rerank_tolerance` allows"
+            "help": "guide and re-rank are to use so many times as many different words as plain BLIP, by weight on rare ones; 0: as "
+            "many as `rerank_tolerance` allows, without"
         },
     )
     guidance: list[float] = field(default_factory=lambda: [0.1, 0.3], metadata={"help": "weights of guide tried"})
@@ -73,33 +73,53 @@ class TuningArguments:
     half: bool = field(default=False, metadata={"help": "store fp16 weights"})
 
 
+RARITY = tuple(step / 128 for step in range(25))  # nats of rarity by expected CIDEr-D
 GUIDE = ("rbm_guidance", "rbm_guidance_rarity")
 RERANK_GRID = {
     "rbm_rerank_length_penalty": (0.0, 0.5),
     "rbm_rerank_pmi": (0.0, 0.2, 0.4, 0.8, 1.6, 2.4),
     "rbm_rerank_consensus": (0.0, 4.0, 8.0),
     "rbm_rerank_cider": (0.0, 4.0, 16.0, 32.0, 64.0),
-    "rbm_rerank_rarity": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
     "rbm_rerank_similarity": SIMILARITIES,
 }
 
 
-def tune_rerank(captions: list[list[str]], parts: dict[str, np.ndarray], cider: np.ndarray) -> list[dict]:
-    """What each setting of the grid chooses among the candidates, captions, parts and sentence CIDEr-D (images, n) each: mean CIDEr-D and
-    vocabulary, beside its weights."""
-    tried, parts = [], {name: torch.from_numpy(part) for name, part in parts.items()}
-    words = CountVectorizer(analyzer=tokenize, binary=True, dtype=bool)
-    said = words.fit_transform(text for of_image in captions for text in of_image)  # (images * n, words)
-    images, n = np.arange(len(cider)), cider.shape[1]
-    grid = RERANK_GRID if "cider" in parts else RERANK_GRID | dict.fromkeys(PHRASE_WEIGHTS, (0.0,))
-    for values in itertools.product(*grid.values()):
-        weights = dict(zip(grid, values))
-        if weights["rbm_rerank_consensus"] == 0 and weights["rbm_rerank_similarity"] != SIMILARITIES[0]:
-            continue  # the same as with the first
-        chosen = rerank_scores(parts, weights).argmax(1).numpy()
-        vocabulary = int((said[n * images + chosen].sum(0) > 0).sum())
-        tried.append(weights | {"cider": 100 * cider[images, chosen].mean(), "vocabulary": vocabulary})
-    return tried
+class Choices:
+    """What re-rank would choose among the candidates of some images.
+
+    Args:
+        captions, parts, cider: text, parts of the score and sentence CIDEr-D of each candidate, (images, n) all of them.
+    """
+
+    def __init__(self, captions: list[list[str]], parts: dict[str, np.ndarray], cider: np.ndarray):
+        self.parts, self.cider = {name: torch.from_numpy(part) for name, part in parts.items()}, cider
+        words = CountVectorizer(analyzer=tokenize, binary=True, dtype=bool)
+        self.said = words.fit_transform(text for of_image in captions for text in of_image)  # (images * n, words)
+
+    def outcome(self, weights: dict) -> dict:
+        """The weights with mean CIDEr-D and vocabulary of what they choose."""
+        images, n = self.cider.shape
+        chosen = np.arange(images) * n + rerank_scores(self.parts, weights).argmax(1).numpy()
+        vocabulary = int((self.said[chosen].sum(0) > 0).sum())
+        return weights | {"cider": 100 * self.cider.flat[chosen].mean(), "vocabulary": vocabulary}
+
+    def tune(self) -> list[dict]:
+        """The outcomes of the grid, rarity left out."""
+        grid = RERANK_GRID if "cider" in self.parts else RERANK_GRID | {"rbm_rerank_cider": (0.0,)}
+        tried = []
+        for values in itertools.product(*grid.values()):
+            weights = dict(zip(grid, values)) | {"rbm_rerank_rarity": 0.0}
+            if (
+                weights["rbm_rerank_consensus"] or weights["rbm_rerank_similarity"] == SIMILARITIES[0]
+            ):  # else as with the first
+                tried.append(self.outcome(weights))
+        return tried
+
+    def with_rarity(self, setting: dict) -> list[dict]:
+        """The outcomes of a setting with more and more weight on rarity: shares of the weight of CIDEr-D."""
+        weights = {name: setting[name] for name in (*RERANK_GRID, "rbm_rerank_rarity")}
+        steps = [weights["rbm_rerank_cider"] * share for share in RARITY]
+        return [self.outcome(weights | {"rbm_rerank_rarity": step}) for step in steps]
 
 
 def best_by(tried: list[dict], name: str) -> dict:
@@ -135,19 +155,18 @@ def most_varied(entries: list[dict], tolerance: float, bleu_tolerance: float | N
     return max(good, key=lambda entry: entry["vocabulary"])
 
 
-def best_of_varied(entries: list[dict], vocabulary: float) -> dict:
-    """Of the entries with so large a vocabulary the one with the best CIDEr-D.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    most = max(entry["vocabulary"] for entry in entries)
-    if most < vocabulary:
-        raise ValueError(
-            f"no setting reaches the vocabulary of {vocabulary:.0f} words that --rerank_vocabulary asks for, at most {most}: ask for less, "
-            "or try larger weights with --guidance"
-        )
-    return max((e for e in entries if e["vocabulary"] >= vocabulary), key=lambda entry: entry["cider"])
+def best_of_varied(series: list[list[dict]], vocabulary: float) -> dict:
+    """Of each series of outcomes the first with so large a vocabulary; of these the one with the best CIDEr-D. If there is none, the one
+    with the largest vocabulary."""
+    enough = ([o for o in outcomes if o["vocabulary"] >= vocabulary] for outcomes in series)
+    reached = [outcomes[0] for outcomes in enough if outcomes]
+    if reached:
+        return max(reached, key=lambda outcome: outcome["cider"])
+    best = max(itertools.chain(*series), key=lambda outcome: outcome["vocabulary"])
+    print(
+        f"a vocabulary of {vocabulary:.0f} words was asked for, but none of these weights reaches it: {best['vocabulary']} at most"
+    )
+    return best
 
 
 @torch.no_grad()
@@ -191,7 +210,7 @@ def main():
     config.rbm_guidance_order, config.rbm_rerank_candidates = args.order, args.candidates
 
     plain = tune_plain(model, held_back, log_frequency, args)
-    tried, candidates = [], {}
+    tried, varied, candidates = [], [], {}
     for guidance in itertools.product(args.guidance, args.guidance_rarity):
         if not guidance[0] and guidance[1] != args.guidance_rarity[0]:
             continue  # the same: nothing grows
@@ -200,17 +219,22 @@ def main():
             setattr(config, name, value)
         outputs, parts = candidate_parts(model, processor, store, range(len(rows)), args.candidates)
         cider = np.array([[held_back.scorer.score(i, text) for text in of] for i, of in enumerate(outputs)])
-        tried += [guide | setting for setting in tune_rerank(outputs, parts, cider)]
+        choices = Choices(outputs, parts, cider)
+        outcomes = choices.tune()
+        tried += [guide | outcome for outcome in outcomes]
+        varied.append([guide | o for o in choices.with_rarity(max(outcomes, key=lambda outcome: outcome["cider"]))])
         candidates[str(guidance)] = {
             "first_candidate": 100 * cider[:, 0].mean(),
             "random_candidate": 100 * cider.mean(),
             "oracle": 100 * cider.max(1).mean(),
         }
     chosen_plain = most_varied(plain, args.tolerance, args.bleu_tolerance)
-    chosen = most_varied(tried, args.rerank_tolerance)
     if args.rerank_vocabulary:
-        chosen = best_of_varied(tried, args.rerank_vocabulary * chosen_plain["vocabulary"])
-    rerank = {"candidates": candidates, "best": sorted(tried, key=lambda t: -t["cider"])[:10], "chosen": chosen}
+        chosen = best_of_varied(varied, args.rerank_vocabulary * chosen_plain["vocabulary"])
+    else:
+        chosen = most_varied(tried, args.rerank_tolerance)
+    rerank = {"candidates": candidates, "best": sorted(tried, key=lambda t: -t["cider"])[:10], "rarity": varied}
+    rerank["chosen"] = chosen
     rerank |= {name: best_by(tried, name) for name in (*GUIDE, *RERANK_GRID)}
     print(json.dumps(rerank, indent=1))
     settings = {name: value for name, value in chosen.items() if name.startswith("rbm_")}
