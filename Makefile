@@ -7,6 +7,8 @@ PIP_FLAGS ?=
 DATASET ?= ../shared/data/flickr8k
 VISION ?= ../shared/weights/efficientnet-lite2
 TEXT ?= ../shared/weights/all-minilm-l6-v2
+# Of the results of bench-generate beside others' of another processor, such as _amx.
+SUFFIX ?=
 # Another vision encoder, beside VISION and the embedded captioner's; @ names layers.
 SECOND ?= ../shared/weights/dinov2-small
 STUDY ?= $(SECOND)@4,6,8,10,12 checkpoints/blip-rbm-small
@@ -133,7 +135,7 @@ train: .venv/installed  ## make the embedded model again, in runs/blip-rbm-small
 	$(RUN) -m training.shrink_vocabulary --model runs/captioner-tower/best --dataset $(DATASET) --output_dir runs/captioner-shrunk/best
 	.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train_rbm training/recipes/rbm-small.yaml \
 		--model runs/captioner-shrunk/best --dataset $(DATASET) --output_dir runs/rbm
-	$(RUN) -m training.fit_phrases --views 2 --model runs/rbm/best --dataset $(DATASET) --output_dir runs/phrases
+	$(RUN) -m training.fit_phrases --views 4 --model runs/rbm/best --dataset $(DATASET) --output_dir runs/phrases
 	$(RUN) -m training.tune_decoding training/recipes/decoding-small.yaml --model runs/phrases/best \
 		--dataset $(DATASET) --output_dir runs/blip-rbm-small
 	$(RUN) -m training.evaluate_confidence --model runs/blip-rbm-small --dataset $(DATASET) --output runs/blip-rbm-small/confidence.json
@@ -160,7 +162,7 @@ seeds: .venv/installed  ## train, tune and measure the RBM from two more seeds o
 	for seed in 1 2; do \
 		.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train_rbm training/recipes/rbm-small.yaml \
 			--seed $$seed --model checkpoints/blip-rbm-small --dataset $(DATASET) --output_dir runs/rbm-$$seed || exit 1; \
-		$(RUN) -m training.fit_phrases --views 2 --model runs/rbm-$$seed/best --dataset $(DATASET) --output_dir runs/phrases-$$seed || exit 1; \
+		$(RUN) -m training.fit_phrases --views 4 --model runs/rbm-$$seed/best --dataset $(DATASET) --output_dir runs/phrases-$$seed || exit 1; \
 		$(RUN) -m training.tune_decoding training/recipes/decoding-small.yaml --prior 0 --repetition_penalty 1.1 --length_penalty 1.0 \
 			--model runs/phrases-$$seed/best --dataset $(DATASET) --output_dir runs/seed-$$seed || exit 1; \
 		$(RUN) -m training.evaluate_captions --model runs/seed-$$seed --dataset $(DATASET) \
@@ -181,9 +183,9 @@ bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cos
 	$(RUN) -m benchmarks.guidance
 
 bench-generate: .venv/installed  ## speed of generate beside transformers' own BLIP and the processor's bounds, time of captioning a folder (an hour, needs a quiet machine)
-	$(RUN) -m benchmarks.generate --models blip_base --batches 4 1 --output benchmarks/results/generate.json
-	$(RUN) -m benchmarks.generate --models blip_base --batches 16 --beams 3 --output benchmarks/results/generate_16.json
-	$(RUN) -m benchmarks.generate_bound --output benchmarks/results/generate_bound.json
+	$(RUN) -m benchmarks.generate --models blip_base --batches 4 1 --output benchmarks/results/generate$(SUFFIX).json
+	$(RUN) -m benchmarks.generate --models blip_base --batches 16 --beams 3 --output benchmarks/results/generate_16$(SUFFIX).json
+	$(RUN) -m benchmarks.generate_bound --output benchmarks/results/generate_bound$(SUFFIX).json
 	$(RUN) -m benchmarks.generate --models embedded --batches 16 4 1 --output benchmarks/results/generate_embedded.json
 	$(RUN) -m benchmarks.folder --dataset $(DATASET) --output benchmarks/results/folder.json
 	$(RUN) -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset $(DATASET) --int8 true \

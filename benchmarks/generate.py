@@ -13,6 +13,7 @@ what the process has freed before, and a quarter of stock's time depends on what
 import argparse
 import ctypes
 import gc
+import platform
 import re
 import statistics
 import time
@@ -104,6 +105,13 @@ class StockCache(Ours):
     def decode(self, encoding, tokens, **kwargs):
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         return super().decode(encoding, tokens, past_key_values=cache, **kwargs)
+
+
+def processor() -> str:
+    """Its name, and what its vectors and matrix units are, as far as PyTorch uses them."""
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    units = torch.backends.cpu.get_cpu_capability() + (", AMX" if torch.cpu._is_amx_tile_supported() else "")
+    return f"{name[1] if name else platform.processor()} ({units})"
 
 
 def length(tokens: int) -> dict:
@@ -273,7 +281,11 @@ def main():
                 flush=True,
             )
         if args.output:  # after every cell: a run of an hour that is stopped has lost nothing
-            settings = vars(args) | {"threads": torch.get_num_threads(), "new_tokens": NEW_TOKENS}
+            settings = vars(args) | {
+                "threads": torch.get_num_threads(),
+                "new_tokens": NEW_TOKENS,
+                "processor": processor(),
+            }
             write_json(args.output, {"settings": settings, "rows": rows})
     contenders.stop()
 

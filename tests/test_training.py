@@ -288,6 +288,11 @@ def test_persistent_chains_go_on(model):
         RBMObjective(rbm, RBMArguments("x", "x", cd=1.0, cd_persistent=True, cd_clamp_image=True))
 
 
+def test_a_captioner_that_is_never_evaluated_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--eval_strategy is no, but what is kept is the best of the evaluations"):
+        in_process("train_captioner", "--model", "m", "--dataset", "d", "--output_dir", "o", cwd=tmp_path)
+
+
 def test_sparsity_loss_is_least_at_its_target():
     at = lambda share: sparsity_loss(torch.logit(torch.full((7, 5), share)), 0.2).item()
     assert at(0.2) < min(at(0.1), at(0.3)) and at(0.2) == pytest.approx(
@@ -415,6 +420,8 @@ def test_the_grid_of_rerank_counts_what_it_chooses(monkeypatch, capsys):
     first, common = choices.tune()
     assert first["cider"] == pytest.approx(50) and first["vocabulary"] == 3  # a, dog, runs
     assert common["cider"] == pytest.approx(60) and common["vocabulary"] == 2
+    assert tune_decoding.best_on_average([[first, common], [first | {"cider": 55}, common | {"cider": 54}]]) is common
+    assert tune_decoding.best_on_average([[first, common], [first | {"cider": 75}, common | {"cider": 54}]]) is first
     series = choices.with_rarity(common)
     assert [outcome["rbm_rerank_rarity"] for outcome in series] == [0.0, 0.07, 9.0]
     assert [outcome["vocabulary"] for outcome in series] == [2, 2, 5]  # an, ibex, a, heron, wades

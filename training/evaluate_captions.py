@@ -140,14 +140,19 @@ def ablation(model, processor, store, scorer, **settings) -> dict[str, list[str]
         outputs, parts = candidate_parts(
             model, processor, store, rows, n, rbm_guidance=beta, max_new_tokens=settings["max_new_tokens"]
         )
-        by_rerank = rerank_scores({name: torch.from_numpy(part) for name, part in parts.items()}, vars(config)).numpy()
+        tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
+        by_rerank, without_rarity = (
+            rerank_scores(tensors, vars(config) | changes).argmax(1).numpy()
+            for changes in ({}, {"rbm_rerank_rarity": 0.0})
+        )
         cider = np.array([[scorer.score(i, text) for text in of_image] for i, of_image in enumerate(outputs)])
         choices = {
             "first": np.zeros(len(rows), int),
             "random": np.random.default_rng(0).integers(n, size=len(rows)),
             "consensus alone": parts[config.rbm_rerank_similarity].argmax(1),
             **({"expected CIDEr-D alone": parts["cider"].argmax(1)} if "cider" in parts else {}),
-            "re-rank": by_rerank.argmax(1),
+            **({"re-rank without rarity": without_rarity} if config.rbm_rerank_rarity else {}),
+            "re-rank": by_rerank,
             "oracle": cider.argmax(1),
         }
         for name, chosen in choices.items():

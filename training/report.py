@@ -42,12 +42,14 @@ def results_table(results: dict) -> str:
         cells.append(f"{entry['difference']:+.1f} [{entry['low']:+.1f}, {entry['high']:+.1f}]" if entry else "")
     lines.append("| difference [95 % interval] | " + " | ".join(cells) + " |")
     rerank = f"re-rank of {rbm['rbm_rerank_candidates']} beams" if rbm["rbm_rerank"] else "no re-rank"
+    growth = rbm.get("rbm_guidance_rarity", 0.0)
+    rarity = f", growing by {growth:.0%} of it with each nat of a word's rarity" if growth else ""
     lines += [
         "",
         f"{settings['num_beams']} beams, length penalty {settings['length_penalty']:g}, repetition penalty "
         f"{settings['repetition_penalty']:g}, at most {settings['max_new_tokens']} new tokens, {results['references_per_image']} "
         f"references an image, COCO tokenization; novel: share of captions that no training image has. "
-        f"BLIP-RBM: the same BLIP with guide (weight {rbm['rbm_guidance']:g}) and {rerank}, chosen on held-back training "
+        f"BLIP-RBM: the same BLIP with guide (weight {rbm['rbm_guidance']:g}{rarity}) and {rerank}, chosen on held-back training "
         "images. Intervals: paired bootstrap over images.",
     ]
     return "\n".join(lines)
@@ -123,16 +125,25 @@ def generate_table(speed: dict) -> str:
     return "\n".join(lines)
 
 
-def speed_block(speeds: list[dict], bound: dict, folder: dict) -> str:
-    """Tables of results of `benchmarks.generate`, with the same settings, and what they mean; how long a folder takes."""
-    settings = speeds[0]["settings"]
+def speed_block(processors: list[tuple[list[dict], dict]], embedded: dict, folder: dict) -> str:
+    """Tables of results of `benchmarks.generate`, with the same settings, and what they mean; how long a folder takes.
+
+    Args:
+        processors: of each its tables of BLIP-base's shape, and the bound.
+        embedded: the embedded model's table.
+    """
+    settings = embedded["settings"]
     meaning = (
         f"{settings['threads']} threads, {settings['new_tokens']} new tokens, medians of {settings['pairs']} rounds in turn, each contender in a process of its own. Times stock: of the whole, "
         f"round by round, stock computing in the same precision (in brackets: in {settings['dtypes'][0]}; of the embedded model, whose tower stock BLIP "
         "has not: the same model with transformers' cache); * where tokens differ from stock's. Seconds and memory of BLIP and of BLIP-RBM with "
         "the RBM off; peak: of the process, above what it held before."
     )
-    return "\n\n".join([meaning, *map(generate_table, speeds), bound_line(bound), folder_line(folder)])
+    parts = [meaning]
+    for speeds, bound in processors:
+        parts += [f"{speeds[0]['settings']['processor']}:", *map(generate_table, speeds), bound_line(bound)]
+    parts += [f"The embedded model, {settings['processor']}:", generate_table(embedded), folder_line(folder)]
+    return "\n\n".join(parts)
 
 
 def bound_line(bound: dict) -> str:
@@ -453,8 +464,14 @@ def blocks() -> dict[str, str]:
         "ablation": ablation_table(results),
         "diversity": diversity_table(benchmark("diversity.json")),
         "speed": speed_block(
-            [benchmark(f"generate{name}.json") for name in ("", "_16", "_embedded")],
-            benchmark("generate_bound.json"),
+            [
+                (
+                    [benchmark(f"generate{part}{suffix}.json") for part in parts],
+                    benchmark(f"generate_bound{suffix}.json"),
+                )
+                for suffix, parts in (("", ("", "_16")), ("_amx", ("",)))
+            ],
+            benchmark("generate_embedded.json"),
             benchmark("folder.json"),
         ),
         "int8": int8_line(results, benchmark("captions_int8.json")),

@@ -524,6 +524,10 @@ def main():
         raise ValueError(
             f"--fold is {captioner.fold}, but must be at least 0 and less than --folds, which is {captioner.folds}"
         )
+    if args.eval_strategy == "no":
+        raise ValueError(
+            "--eval_strategy is no, but what is kept is the best of the evaluations: choose epoch, or steps with --eval_steps"
+        )
     args.remove_unused_columns = False
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(captioner.model)

@@ -9,9 +9,9 @@ Every number here is of held-back *training* images; no validation image is look
    `tolerance` of the best, and BLEU-4 within `bleu_tolerance`, the one with the largest vocabulary: variety where it costs
    little. They become part of plain BLIP, the baseline.
 2. guide and re-rank together: for every weight of guide the candidates that it gives, and a grid over the weights of the parts of
-   each candidate's score. With `rerank_vocabulary` the setting with the best CIDEr-D gets more and more weight on rare words until
-   the vocabulary is so many times plain BLIP's: one weight is moved for it, as of thousands of settings the one with the largest
-   vocabulary would owe it to these images. Else one is chosen as for plain BLIP, with `rerank_tolerance`.
+   each candidate's score. With `rerank_vocabulary` the weights that are best on average over the guides get more and more weight on
+   rare words until the vocabulary is so many times plain BLIP's: one weight is moved for it, as of thousands of settings the one with
+   the largest vocabulary would owe it to these images. Else one is chosen as for plain BLIP, with `rerank_tolerance`.
 """
 
 import itertools
@@ -77,9 +77,9 @@ RARITY = tuple(step / 128 for step in range(25))  # nats of rarity by expected C
 GUIDE = ("rbm_guidance", "rbm_guidance_rarity")
 RERANK_GRID = {
     "rbm_rerank_length_penalty": (0.0, 0.5),
-    "rbm_rerank_pmi": (0.0, 0.2, 0.4, 0.8, 1.6, 2.4),
-    "rbm_rerank_consensus": (0.0, 4.0, 8.0),
-    "rbm_rerank_cider": (0.0, 4.0, 16.0, 32.0, 64.0),
+    "rbm_rerank_pmi": (0.0, 0.4, 0.8, 1.6),
+    "rbm_rerank_consensus": (0.0, 4.0),
+    "rbm_rerank_cider": (0.0, 16.0, 32.0, 64.0),
     "rbm_rerank_similarity": SIMILARITIES,
 }
 
@@ -155,6 +155,11 @@ def most_varied(entries: list[dict], tolerance: float, bleu_tolerance: float | N
     return max(good, key=lambda entry: entry["vocabulary"])
 
 
+def best_on_average(outcomes: list[list[dict]]) -> dict:
+    """Of the outcomes of one grid, for each of several guides, the weights with the best mean CIDEr-D over the guides."""
+    return max(zip(*outcomes), key=lambda of_weights: sum(outcome["cider"] for outcome in of_weights))[0]
+
+
 def best_of_varied(series: list[list[dict]], vocabulary: float) -> dict:
     """Of each series of outcomes the first with so large a vocabulary; of these the one with the best CIDEr-D. If there is none, the one
     with the largest vocabulary."""
@@ -210,25 +215,26 @@ def main():
     config.rbm_guidance_order, config.rbm_rerank_candidates = args.order, args.candidates
 
     plain = tune_plain(model, held_back, log_frequency, args)
-    tried, varied, candidates = [], [], {}
+    guides, choices, outcomes, candidates = [], [], [], {}
     for guidance in itertools.product(args.guidance, args.guidance_rarity):
         if not guidance[0] and guidance[1] != args.guidance_rarity[0]:
             continue  # the same: nothing grows
-        guide = dict(zip(GUIDE, guidance))
-        for name, value in guide.items():
+        guides.append(dict(zip(GUIDE, guidance)))
+        for name, value in guides[-1].items():
             setattr(config, name, value)
         outputs, parts = candidate_parts(model, processor, store, range(len(rows)), args.candidates)
         cider = np.array([[held_back.scorer.score(i, text) for text in of] for i, of in enumerate(outputs)])
-        choices = Choices(outputs, parts, cider)
-        outcomes = choices.tune()
-        tried += [guide | outcome for outcome in outcomes]
-        varied.append([guide | o for o in choices.with_rarity(max(outcomes, key=lambda outcome: outcome["cider"]))])
+        choices.append(Choices(outputs, parts, cider))
+        outcomes.append(choices[-1].tune())
         candidates[str(guidance)] = {
             "first_candidate": 100 * cider[:, 0].mean(),
             "random_candidate": 100 * cider.mean(),
             "oracle": 100 * cider.max(1).mean(),
         }
     chosen_plain = most_varied(plain, args.tolerance, args.bleu_tolerance)
+    tried = [guide | outcome for guide, of_guide in zip(guides, outcomes) for outcome in of_guide]
+    best = best_on_average(outcomes)
+    varied = [[guide | o for o in c.with_rarity(best)] for guide, c in zip(guides, choices)]
     if args.rerank_vocabulary:
         chosen = best_of_varied(varied, args.rerank_vocabulary * chosen_plain["vocabulary"])
     else:
