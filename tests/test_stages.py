@@ -52,6 +52,12 @@ def tuned(work, data):
     return work / "tuned"
 
 
+def test_rarity_needs_phrases(work, data):
+    tune = ["--model", "rbm/best", *data, "--output_dir", "untuned", "--guidance_rarity", 0.5]
+    with pytest.raises(ValueError, match="need phrases, which rbm/best has not: run training.fit_phrases first"):
+        in_process("tune_decoding", *tune, cwd=work)
+
+
 def test_captioner_goes_on_from_its_checkpoint(work):
     assert (work / "captioner" / "checkpoint-25" / "ema.safetensors").exists()
     history = json.loads((work / "captioner" / "captioner.json").read_text())["held_back"]

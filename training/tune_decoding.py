@@ -109,10 +109,9 @@ class Choices:
         tried = []
         for values in itertools.product(*grid.values()):
             weights = dict(zip(grid, values)) | {"rbm_rerank_rarity": 0.0}
-            if (
-                weights["rbm_rerank_consensus"] or weights["rbm_rerank_similarity"] == SIMILARITIES[0]
-            ):  # else as with the first
-                tried.append(self.outcome(weights))
+            if not weights["rbm_rerank_consensus"] and weights["rbm_rerank_similarity"] != SIMILARITIES[0]:
+                continue  # the same as with the first
+            tried.append(self.outcome(weights))
         return tried
 
     def with_rarity(self, setting: dict) -> list[dict]:
@@ -202,6 +201,10 @@ def main():
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     config = model.config
+    if (args.rerank_vocabulary or any(args.guidance_rarity)) and not config.rbm_num_phrases:
+        raise ValueError(
+            f"--rerank_vocabulary and --guidance_rarity need phrases, which {args.model} has not: run training.fit_phrases first"
+        )
     dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
     train_rows, rows = split_held_back(dataset, data.held_back)
     held_images = dataset.select(rows)
