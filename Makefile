@@ -17,7 +17,7 @@ ALIGNED = probe sail rbm rbm-all rbm-dino
 ALIGN = .venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.align
 
 .DEFAULT_GOAL := help
-.PHONY: help align aligned-captioner capfilt noise diversity reranker seeds scale demo test test-slow test-min check report train tutorial evaluate bench bench-generate bench-contrastive clean
+.PHONY: help align aligned-captioner capfilt noise diversity reranker seeds varied scale demo test test-slow test-min check report train tutorial evaluate bench bench-generate bench-contrastive clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -135,7 +135,7 @@ train: .venv/installed  ## make the embedded model again, in runs/blip-rbm-small
 	$(RUN) -m training.shrink_vocabulary --model runs/captioner-tower/best --dataset $(DATASET) --output_dir runs/captioner-shrunk/best
 	.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train_rbm training/recipes/rbm-small.yaml \
 		--model runs/captioner-shrunk/best --dataset $(DATASET) --output_dir runs/rbm
-	$(RUN) -m training.fit_phrases --views 4 --model runs/rbm/best --dataset $(DATASET) --output_dir runs/phrases
+	$(RUN) -m training.fit_phrases --views 2 --model runs/rbm/best --dataset $(DATASET) --output_dir runs/phrases
 	$(RUN) -m training.tune_decoding training/recipes/decoding-small.yaml --model runs/phrases/best \
 		--dataset $(DATASET) --output_dir runs/blip-rbm-small
 	$(RUN) -m training.evaluate_confidence --model runs/blip-rbm-small --dataset $(DATASET) --output runs/blip-rbm-small/confidence.json
@@ -162,11 +162,24 @@ seeds: .venv/installed  ## train, tune and measure the RBM from two more seeds o
 	for seed in 1 2; do \
 		.venv/bin/accelerate launch --config_file training/accelerate/cpu.yaml -m training.train_rbm training/recipes/rbm-small.yaml \
 			--seed $$seed --model checkpoints/blip-rbm-small --dataset $(DATASET) --output_dir runs/rbm-$$seed || exit 1; \
-		$(RUN) -m training.fit_phrases --views 4 --model runs/rbm-$$seed/best --dataset $(DATASET) --output_dir runs/phrases-$$seed || exit 1; \
+		$(RUN) -m training.fit_phrases --views 2 --model runs/rbm-$$seed/best --dataset $(DATASET) --output_dir runs/phrases-$$seed || exit 1; \
 		$(RUN) -m training.tune_decoding training/recipes/decoding-small.yaml --prior 0 --repetition_penalty 1.1 --length_penalty 1.0 \
 			--model runs/phrases-$$seed/best --dataset $(DATASET) --output_dir runs/seed-$$seed || exit 1; \
 		$(RUN) -m training.evaluate_captions --model runs/seed-$$seed --dataset $(DATASET) \
 			--output benchmarks/results/captions_seed_$$seed.json || exit 1; \
+	done
+
+# After `seeds`: other weights for the same three RBMs.
+varied: .venv/installed  ## more different words: the three RBMs with re-rank and guide that favour rare ones (half an hour)
+	$(RUN) -m training.tune_decoding training/recipes/decoding-varied.yaml --model checkpoints/blip-rbm-small --dataset $(DATASET) \
+		--output_dir runs/varied-0
+	for seed in 1 2; do \
+		$(RUN) -m training.tune_decoding training/recipes/decoding-varied.yaml --model runs/phrases-$$seed/best --dataset $(DATASET) \
+			--output_dir runs/varied-$$seed || exit 1; \
+	done
+	for seed in 0 1 2; do \
+		$(RUN) -m training.evaluate_captions --model runs/varied-$$seed --dataset $(DATASET) \
+			--output benchmarks/results/captions_varied_$$seed.json || exit 1; \
 	done
 
 diversity: .venv/installed  ## several captions of an image: sampled causes beside sampling, nucleus, diverse and plain beams

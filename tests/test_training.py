@@ -414,10 +414,9 @@ def test_the_grid_of_rerank_counts_what_it_chooses(monkeypatch, capsys):
     parts["rarity"] = np.array([[0, 0, 2], [0, 0, 2]])
     grid = dict.fromkeys(tune_decoding.RERANK_GRID, (0.0,))
     grid |= {"rbm_rerank_cider": (0.0, 1.0), "rbm_rerank_similarity": ("jaccard",)}
-    monkeypatch.setattr(tune_decoding, "RERANK_GRID", grid)
     monkeypatch.setattr(tune_decoding, "RARITY", (0.0, 0.07, 9.0))
     choices = tune_decoding.Choices(captions, parts, cider)
-    first, common = choices.tune()
+    first, common = choices.tune(grid)
     assert first["cider"] == pytest.approx(50) and first["vocabulary"] == 3  # a, dog, runs
     assert common["cider"] == pytest.approx(60) and common["vocabulary"] == 2
     assert tune_decoding.best_on_average([[first, common], [first | {"cider": 55}, common | {"cider": 54}]]) is common

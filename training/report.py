@@ -125,14 +125,13 @@ def generate_table(speed: dict) -> str:
     return "\n".join(lines)
 
 
-def speed_block(processors: list[tuple[list[dict], dict]], embedded: dict, folder: dict) -> str:
-    """Tables of results of `benchmarks.generate`, with the same settings, and what they mean; how long a folder takes.
+def speed_block(processors: list[tuple[list[dict], dict]], folder: dict) -> str:
+    """Results of `benchmarks.generate`, with the same settings, and what they mean; how long a folder takes.
 
     Args:
-        processors: of each its tables of BLIP-base's shape, and the bound.
-        embedded: the embedded model's table.
+        processors: of each its results, and the bound.
     """
-    settings = embedded["settings"]
+    settings = processors[0][0][0]["settings"]
     meaning = (
         f"{settings['threads']} threads, {settings['new_tokens']} new tokens, medians of {settings['pairs']} rounds in turn, each contender in a process of its own. Times stock: of the whole, "
         f"round by round, stock computing in the same precision (in brackets: in {settings['dtypes'][0]}; of the embedded model, whose tower stock BLIP "
@@ -142,8 +141,7 @@ def speed_block(processors: list[tuple[list[dict], dict]], embedded: dict, folde
     parts = [meaning]
     for speeds, bound in processors:
         parts += [f"{speeds[0]['settings']['processor']}:", *map(generate_table, speeds), bound_line(bound)]
-    parts += [f"The embedded model, {settings['processor']}:", generate_table(embedded), folder_line(folder)]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, folder_line(folder)])
 
 
 def bound_line(bound: dict) -> str:
@@ -461,6 +459,7 @@ def blocks() -> dict[str, str]:
         "rbm-uses": rbm_uses_table(benchmark("digits_rbm.json")),
         "results": results_table(results),
         "seeds": seeds_table([benchmark(f"captions_seed_{seed}.json") for seed in range(3)]),
+        "varied": seeds_table([benchmark(f"captions_varied_{seed}.json") for seed in range(3)]),
         "ablation": ablation_table(results),
         "diversity": diversity_table(benchmark("diversity.json")),
         "speed": speed_block(
@@ -469,9 +468,8 @@ def blocks() -> dict[str, str]:
                     [benchmark(f"generate{part}{suffix}.json") for part in parts],
                     benchmark(f"generate_bound{suffix}.json"),
                 )
-                for suffix, parts in (("", ("", "_16")), ("_amx", ("",)))
+                for suffix, parts in (("", ("", "_16", "_embedded")), ("_amx", ("",)))
             ],
-            benchmark("generate_embedded.json"),
             benchmark("folder.json"),
         ),
         "int8": int8_line(results, benchmark("captions_int8.json")),

@@ -9,9 +9,9 @@ Every number here is of held-back *training* images; no validation image is look
    `tolerance` of the best, and BLEU-4 within `bleu_tolerance`, the one with the largest vocabulary: variety where it costs
    little. They become part of plain BLIP, the baseline.
 2. guide and re-rank together: for every weight of guide the candidates that it gives, and a grid over the weights of the parts of
-   each candidate's score. With `rerank_vocabulary` the weights that are best on average over the guides get more and more weight on
-   rare words until the vocabulary is so many times plain BLIP's: one weight is moved for it, as of thousands of settings the one with
-   the largest vocabulary would owe it to these images. Else one is chosen as for plain BLIP, with `rerank_tolerance`.
+   each candidate's score. One is chosen as for plain BLIP, with `rerank_tolerance`; or with `rerank_vocabulary` the weights that are
+   best on average over the guides get more and more weight on rare words until the vocabulary is so many times plain BLIP's. One
+   weight is moved for it, as of thousands of settings the one with the largest vocabulary owes it to these images.
 """
 
 import itertools
@@ -76,6 +76,13 @@ class TuningArguments:
 RARITY = tuple(step / 128 for step in range(25))  # nats of rarity by expected CIDEr-D
 GUIDE = ("rbm_guidance", "rbm_guidance_rarity")
 RERANK_GRID = {
+    "rbm_rerank_length_penalty": (0.0, 0.5, 0.75, 1.0),
+    "rbm_rerank_pmi": (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+    "rbm_rerank_consensus": (0.0, 2.0, 4.0, 8.0, 16.0),
+    "rbm_rerank_cider": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0),
+    "rbm_rerank_similarity": SIMILARITIES,
+}
+COARSE_GRID = {  # of thousands of settings the best owes more to the held-back images
     "rbm_rerank_length_penalty": (0.0, 0.5),
     "rbm_rerank_pmi": (0.0, 0.4, 0.8, 1.6),
     "rbm_rerank_consensus": (0.0, 4.0),
@@ -103,9 +110,9 @@ class Choices:
         vocabulary = int((self.said[chosen].sum(0) > 0).sum())
         return weights | {"cider": 100 * self.cider.flat[chosen].mean(), "vocabulary": vocabulary}
 
-    def tune(self) -> list[dict]:
-        """The outcomes of the grid, rarity left out."""
-        grid = RERANK_GRID if "cider" in self.parts else RERANK_GRID | {"rbm_rerank_cider": (0.0,)}
+    def tune(self, grid: dict[str, tuple]) -> list[dict]:
+        """The outcomes of a grid, rarity left out."""
+        grid = grid if "cider" in self.parts else grid | {"rbm_rerank_cider": (0.0,)}
         tried = []
         for values in itertools.product(*grid.values()):
             weights = dict(zip(grid, values)) | {"rbm_rerank_rarity": 0.0}
@@ -228,7 +235,7 @@ def main():
         outputs, parts = candidate_parts(model, processor, store, range(len(rows)), args.candidates)
         cider = np.array([[held_back.scorer.score(i, text) for text in of] for i, of in enumerate(outputs)])
         choices.append(Choices(outputs, parts, cider))
-        outcomes.append(choices[-1].tune())
+        outcomes.append(choices[-1].tune(COARSE_GRID if args.rerank_vocabulary else RERANK_GRID))
         candidates[str(guidance)] = {
             "first_candidate": 100 * cider[:, 0].mean(),
             "random_candidate": 100 * cider.mean(),
@@ -236,13 +243,13 @@ def main():
         }
     chosen_plain = most_varied(plain, args.tolerance, args.bleu_tolerance)
     tried = [guide | outcome for guide, of_guide in zip(guides, outcomes) for outcome in of_guide]
-    best = best_on_average(outcomes)
-    varied = [[guide | o for o in c.with_rarity(best)] for guide, c in zip(guides, choices)]
+    rerank = {"candidates": candidates, "best": sorted(tried, key=lambda t: -t["cider"])[:10]}
     if args.rerank_vocabulary:
-        chosen = best_of_varied(varied, args.rerank_vocabulary * chosen_plain["vocabulary"])
+        best = best_on_average(outcomes)
+        rerank["rarity"] = [[guide | o for o in c.with_rarity(best)] for guide, c in zip(guides, choices)]
+        chosen = best_of_varied(rerank["rarity"], args.rerank_vocabulary * chosen_plain["vocabulary"])
     else:
         chosen = most_varied(tried, args.rerank_tolerance)
-    rerank = {"candidates": candidates, "best": sorted(tried, key=lambda t: -t["cider"])[:10], "rarity": varied}
     rerank["chosen"] = chosen
     rerank |= {name: best_by(tried, name) for name in (*GUIDE, *RERANK_GRID)}
     print(json.dumps(rerank, indent=1))
