@@ -221,7 +221,8 @@ def training_table(captioner: dict, rbm: dict, phrases: dict, tuning: dict) -> s
         minutes, stage = minutes + stage["minutes"], stage.get("went_on_from")
     last = rbm["held_back"][-1]
     plain, known, chosen = tuning["chosen_plain"], phrases["held_back"], tuning["rerank"]["chosen"]
-    candidates = tuning["rerank"]["candidates"][str((chosen["rbm_guidance"], chosen["rbm_guidance_rarity"]))]
+    guide = (chosen["rbm_guidance"], chosen.get("rbm_guidance_rarity"))
+    candidates = tuning["rerank"]["candidates"][", ".join(str(weight) for weight in guide if weight)]
     rows = [
         ("captioner", f"{minutes:.0f}", f"CIDEr-D {plain['cider']:.1f}, vocabulary {plain['vocabulary']} on {tuning['images']} held-back images, as it decodes"),
         ("RBM", f"{rbm['minutes']:.1f}", f"R@10 {last['image_to_text_r10']:.0f} image to text, {last['text_to_image_r10']:.0f} text to image, word AP {last['word_ap']:.2f}"),

@@ -236,7 +236,7 @@ def main():
         cider = np.array([[held_back.scorer.score(i, text) for text in of] for i, of in enumerate(outputs)])
         choices.append(Choices(outputs, parts, cider))
         outcomes.append(choices[-1].tune(COARSE_GRID if args.rerank_vocabulary else RERANK_GRID))
-        candidates[str(guidance)] = {
+        candidates[", ".join(str(weight) for weight in guidance if weight)] = {
             "first_candidate": 100 * cider[:, 0].mean(),
             "random_candidate": 100 * cider.mean(),
             "oracle": 100 * cider.max(1).mean(),

@@ -22,6 +22,7 @@ CUSTOM_PIPELINES = {
     }
 }
 POOLINGS = {"cls_mean": 2, "mean": 1, "mean_max": 2}  # V as a multiple of the tower's width
+PHRASE_WEIGHTS = ("rbm_guidance_rarity", "rbm_rerank_cider", "rbm_rerank_rarity")  # of what the phrase block says
 TOWERS_WITH_CLS = ("blip_vision_model", "dinov2", "dinov2_with_registers", "clip_vision_model", "vit", "deit", "beit")
 
 
@@ -60,6 +61,8 @@ class BlipRBMConfig(BlipConfig):
             (`phrases_blip_rbm.PhraseBlock`, `training/fit_phrases.py`).
         rbm_cause_tokens (`int`, defaults to 0): m, tokens made of the hidden causes that refine appends to the image's.
         rbm_guidance (`float`, defaults to 0.0): beta, weight of the word gains (nats) on the decoder's logits. 0: off.
+        rbm_guidance_rarity (`float`, defaults to 0.0): by how much, as a share, a word's weight grows with a nat of its rarity
+            (`PhraseBlock.token_rarity`).
         rbm_guidance_clip (`float`, defaults to 5.0): bound on a word's gain, in nats.
         rbm_guidance_order (`str`, defaults to "second"): how the gains are computed: "exact", or expanded in the word
             weights to "second" or "first" order, which is many times cheaper (`make bench`).
@@ -68,6 +71,8 @@ class BlipRBMConfig(BlipConfig):
         rbm_rerank_pmi (`float`, defaults to 0.0): weight of the RBM's pointwise mutual information (nats).
         rbm_rerank_consensus (`float`, defaults to 0.0): weight of the mean similarity to the other candidates.
         rbm_rerank_cider (`float`, defaults to 0.0): weight of the CIDEr-D that the hidden causes let expect of a candidate.
+        rbm_rerank_rarity (`float`, defaults to 0.0): weight of how rare a candidate's words are (nats, `PhraseBlock.rarity`): more
+            different words over many images, for some precision.
         rbm_rerank_similarity (`str`, defaults to "jaccard"): which similarity, see `decoding_blip_rbm.caption_similarity`.
         rbm_rerank_length_penalty (`float`, defaults to 1.0): alpha in log P / length^alpha.
         rbm_confidence (`list[float]`, *optional*): bias and weights of log P per token and of PMI in the log-odds that a
@@ -97,6 +102,7 @@ class BlipRBMConfig(BlipConfig):
         rbm_num_phrases=0,
         rbm_cause_tokens=0,
         rbm_guidance=0.0,
+        rbm_guidance_rarity=0.0,
         rbm_guidance_clip=5.0,
         rbm_guidance_order="second",
         rbm_rerank=False,
@@ -104,6 +110,7 @@ class BlipRBMConfig(BlipConfig):
         rbm_rerank_pmi=0.0,
         rbm_rerank_consensus=0.0,
         rbm_rerank_cider=0.0,
+        rbm_rerank_rarity=0.0,
         rbm_rerank_similarity="jaccard",
         rbm_rerank_length_penalty=1.0,
         rbm_confidence=None,
@@ -132,6 +139,7 @@ class BlipRBMConfig(BlipConfig):
         self.rbm_num_phrases = rbm_num_phrases
         self.rbm_cause_tokens = rbm_cause_tokens
         self.rbm_guidance = rbm_guidance
+        self.rbm_guidance_rarity = rbm_guidance_rarity
         self.rbm_guidance_clip = rbm_guidance_clip
         self.rbm_guidance_order = rbm_guidance_order
         self.rbm_rerank = rbm_rerank
@@ -139,6 +147,7 @@ class BlipRBMConfig(BlipConfig):
         self.rbm_rerank_pmi = rbm_rerank_pmi
         self.rbm_rerank_consensus = rbm_rerank_consensus
         self.rbm_rerank_cider = rbm_rerank_cider
+        self.rbm_rerank_rarity = rbm_rerank_rarity
         self.rbm_rerank_similarity = rbm_rerank_similarity
         self.rbm_rerank_length_penalty = rbm_rerank_length_penalty
         self.rbm_confidence = rbm_confidence
@@ -198,10 +207,11 @@ class BlipRBMConfig(BlipConfig):
         check("rbm_rerank_candidates", is_int(self.rbm_rerank_candidates, 1), "an int from 1")
         numbers = self.rbm_confidence or (0, 0, 0)
         check("rbm_confidence", len(numbers) == 3 and all(map(is_number, numbers)), "three finite numbers, or None")
-        for name in ("rbm_rerank_pmi", "rbm_rerank_consensus", "rbm_rerank_cider", "rbm_rerank_length_penalty"):
+        for name in ("rbm_rerank_pmi", "rbm_rerank_consensus", "rbm_rerank_length_penalty", *PHRASE_WEIGHTS):
             check(name, is_number(getattr(self, name)), "a finite number")
-        fitted = self.rbm_num_phrases > 0 or self.rbm_rerank_cider == 0
-        check("rbm_rerank_cider", fitted, "0 without phrases (rbm_num_phrases is 0: training/fit_phrases.py fits them)")
+        for name in PHRASE_WEIGHTS:
+            fitted = self.rbm_num_phrases > 0 or getattr(self, name) == 0
+            check(name, fitted, "0 without phrases (rbm_num_phrases is 0: training/fit_phrases.py fits them)")
 
 
 BlipRBMConfig.register_for_auto_class()

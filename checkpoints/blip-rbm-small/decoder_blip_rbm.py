@@ -58,7 +58,13 @@ class ImageCrossAttention(BlipTextSelfAttention):
 
     def keys_and_values(self, image_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, heads, N, head size) each, of image_embeds (B, N, D)."""
-        return tuple(in_heads(states, self) for states in prepared(self.key, self.value)(image_embeds).chunk(2, -1))
+        if (
+            getattr(self.key, "packed", None) is None
+        ):  # two products are as fast, and their outputs need not be put together
+            both = self.key(image_embeds), self.value(image_embeds)
+        else:
+            both = prepared(self.key, self.value)(image_embeds).chunk(2, -1)
+        return tuple(in_heads(states, self) for states in both)
 
     def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None, **kwargs):
         if not isinstance(past_key_values, ImageCache):

@@ -34,7 +34,7 @@ class RBMGuidance(LogitsProcessor):
 
     Args:
         hidden_input: a (B, H) of the images; rows R of the scores must be a multiple of B, an image's rows adjacent.
-        beta: weight. clip: bound on |g_k| in nats. order: see `rbm.word_gains`.
+        beta: weight, or of each word one of its own (K,). clip: bound on |g_k| in nats. order: see `rbm.word_gains`.
         causes: h (B, H), sampled hidden causes that these captions shall be about: word k gains diversity * U_k'(h - q), its
             log-odds given h less those given the mean, q = P(h | x).
         diversity: weight of the causes.
@@ -62,7 +62,7 @@ class RBMGuidance(LogitsProcessor):
             self.shift = diversity * shift.clamp(-clip, clip)
         self.word_ids = torch.tensor(word_ids, device=hidden_input.device)
         self.columns = word_columns(word_ids, vocab_size, hidden_input.device)
-        self.beta, self.clip, self.order = beta, clip, order
+        self.beta, self.clip, self.order = torch.as_tensor(beta, device=hidden_input.device), clip, order
         self.kept = {}  # (image, columns of the words said): their gains (K,)
 
     def gains(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ class RBMGuidance(LogitsProcessor):
         return gains
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        bonus = self.beta * self.gains(input_ids) if self.beta else 0.0
+        bonus = self.beta * self.gains(input_ids) if self.beta.any() else 0.0
         if self.shift is not None:
             said = words_said(input_ids, self.columns, len(self.word_ids))
             bonus = bonus + self.shift.repeat_interleave(len(input_ids) // len(self.shift), 0) * (1 - said)
@@ -195,18 +195,19 @@ def consensus(similarity: torch.Tensor) -> torch.Tensor:
 
 
 def rerank_scores(parts: dict, settings: dict) -> torch.Tensor:
-    """(B, n) log P(caption | image) / length^alpha + l1 * PMI + l2 * consensus + l3 * expected CIDEr-D.
+    """(B, n) log P(caption | image) / length^alpha + l1 * PMI + l2 * consensus + l3 * expected CIDEr-D + l4 * rarity.
 
     Args:
         parts: of `candidate_parts`, (B, n) each; those whose weight is 0 may be left out.
-        settings: `rbm_rerank_length_penalty` alpha, `rbm_rerank_pmi` l1, `rbm_rerank_consensus` l2 with its `rbm_rerank_similarity`, and
-            `rbm_rerank_cider` l3, as in the config.
+        settings: `rbm_rerank_length_penalty` alpha, `rbm_rerank_pmi` l1, `rbm_rerank_consensus` l2 with its `rbm_rerank_similarity`,
+            `rbm_rerank_cider` l3 and `rbm_rerank_rarity` l4, as in the config.
     """
     score = parts["log_prob"] / parts["length"].clamp(min=1) ** settings["rbm_rerank_length_penalty"]
     weights = {
         "pmi": settings["rbm_rerank_pmi"],
         settings["rbm_rerank_similarity"]: settings["rbm_rerank_consensus"],
         "cider": settings["rbm_rerank_cider"],
+        "rarity": settings["rbm_rerank_rarity"],
     }
     for name, weight in weights.items():
         if weight:

@@ -3,13 +3,15 @@
 Decoding multiplies a few rows, as many as there are beams, with large matrices. The library that PyTorch asks for products of fp32
 matrices reads those several times slower than memory gives them; oneDNN, with weights in the order in which it reads them, does not
 (`benchmarks/generate.py`, docs/experiments.md). PyTorch's compiler uses the same operators on frozen weights. Results differ from those
-of `nn.Linear` by rounding alone.
+of `nn.Linear` by rounding alone. For how many rows that pays is measured: on some processors for any number, on others not for a row or
+two, nor for hundreds.
 
 With `int8=True` weights and inputs are rounded to 8 bits, weights with a scale for each output and inputs with one for each row, so that
 a caption does not depend on what else is in its batch (torchao's "int8 dynamic activation, int8 weight", in PyTorch's own product).
 """
 
 import functools
+import math
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -30,11 +32,12 @@ class PackableLinear(nn.Linear):
     """`nn.Linear`, and as that saved, loaded and trained."""
 
     packed: Optional[tuple] = None  # weight and bias, only inside `packed_linears`
+    rows: tuple[float, float] = (1, math.inf)  # least and most, for which the packed weight is taken there
     few_rows = False  # at a time, so that reading the weights and rounding the inputs are all that takes time
     joined: tuple["PackableLinear", ...] = ()  # this and others of the same input, all packed with this one
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.packed is None or self.joined:
+        if self.packed is None or self.joined or not _within(input, self.rows):
             return super().forward(input)
         return prepared(self)(input)
 
@@ -48,21 +51,36 @@ def prepared(*layers: nn.Module, activation: Optional[nn.Module] = None) -> Call
     """What the layers make of an input x (..., I), all outputs in one tensor, as a function f(x, residual=None) that is called many times:
     what is the same in every call is looked up now, which takes longer than a small product itself. The weights are those of now; where
     packed, activation and residual, which is added last, go with the product."""
-    first, added = layers[0], None
+    first = layers[0]
+    unpacked = first if len(layers) == 1 else lambda x: torch.cat([layer(x) for layer in layers], -1)
     packed = getattr(first, "packed", None)
     if packed is None or (first.joined or layers) != layers:  # such as on a GPU, or wrapped by PEFT
-        product = first if len(layers) == 1 else lambda x: torch.cat([layer(x) for layer in layers], -1)
-    elif isinstance(packed[0], Int8Weight):
-        inside, activation = activation, None
-        product = lambda x: _int8_product(x, *packed, inside)
-    elif activation is not None and _is_gelu(activation):
-        product, activation = lambda x: _product(x, *packed, "gelu"), None
+        return _in_turn(unpacked, activation)
+    weight, bias = packed
+    if isinstance(weight, Int8Weight):
+        return _in_turn(lambda x: _int8_product(x, weight, bias, activation))
+    if activation is not None and _is_gelu(activation):
+        with_packed = _in_turn(lambda x: _product(x, weight, bias, "gelu"))
+    elif activation is not None:
+        with_packed = _in_turn(lambda x: _product(x, weight, bias), activation)
     else:
-        product, added = lambda x: _product(x, *packed), _sum_with_product if activation is None else None
+        with_packed = lambda x, residual=None: (
+            _product(x, weight, bias) if residual is None else _sum_with_product(x, residual, weight, bias)
+        )
+    if first.rows == PackableLinear.rows:
+        return with_packed
+    rows, without = first.rows, _in_turn(unpacked, activation)
+    return lambda x, residual=None: (with_packed if _within(x, rows) else without)(x, residual)
+
+
+def _within(x: torch.Tensor, rows: tuple[float, float]) -> bool:
+    return rows[0] <= x.numel() // x.shape[-1] <= rows[1]
+
+
+def _in_turn(product: Callable, activation: Optional[Callable] = None) -> Callable:
+    """The product, the activation, the sum with the residual as operations of their own."""
 
     def function(x, residual=None):
-        if residual is not None and added is not None:
-            return added(x, residual, *packed)
         y = product(x) if activation is None else activation(product(x))
         return y if residual is None else y + residual
 
@@ -131,30 +149,49 @@ def make_packable(model: nn.Module):
         module.__class__ = ours.get(type(module), type(module))
 
 
+def is_traced() -> bool:
+    """Whether the model is being compiled or exported, so that nothing may be measured or prepared."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+
+
+def time_ratio(function: Callable, other: Callable, times: int = 5) -> float:
+    """The shortest time of one function by that of the other, each called so many times, in turn: other work on the machine only adds."""
+    shortest = [math.inf, math.inf]
+    for _ in range(times):
+        for i, called in enumerate((function, other)):
+            start = time.perf_counter()
+            called()
+            shortest[i] = min(shortest[i], time.perf_counter() - start)
+    return shortest[0] / shortest[1]
+
+
 @functools.lru_cache
-def packing_pays(dtype: torch.dtype, threads: int, rows: int = 12, size: int = 768) -> bool:
-    """Whether packed weights are faster here for a few rows: measured once, 30 ms. False where PyTorch has no such operators.
+def rows_for_packing(dtype: torch.dtype, threads: int, outputs: int = 3072, inputs: int = 768) -> Optional[tuple]:
+    """The least and the most rows for which packed weights are faster here, (1, infinity) if for any number: measured once, some 100 ms. None
+    if not for 12, or where PyTorch has no such operators.
 
     Args:
         threads: of PyTorch, on which the answer depends.
+        outputs, inputs: of the weights, of which there are more than the caches hold, as in a decoder.
     """
     g = torch.Generator().manual_seed(0)  # of its own: a seeded run must not depend on whether this was measured before
-    x, *weights = torch.randn(8 * size + rows, size, generator=g).to(dtype).split([rows, *[size] * 8])
+    *weights, x = torch.rand(3 * outputs + 256, inputs, generator=g).sub_(0.5).to(dtype).split([*[outputs] * 3, 256])
     try:
         packed = [_pack(weight) for weight in weights]
-        close = torch.allclose(_product(x, packed[0]).float(), F.linear(x, weights[0]).float(), rtol=0.02, atol=0.5)
+        if not torch.allclose(_product(x, packed[0]).float(), F.linear(x, weights[0]).float(), rtol=0.02, atol=0.1):
+            return None
     except (AttributeError, RuntimeError, NotImplementedError):
-        return False
-    seconds = []
-    for product, operands in ((F.linear, weights), (_product, packed)):
-        best = float("inf")
-        for _ in range(5):  # more weights than the caches hold, as in a decoder; other work on the machine only adds
-            start = time.perf_counter()
-            for operand in operands:
-                product(x, operand)
-            best = min(best, time.perf_counter() - start)
-        seconds.append(best)
-    return close and seconds[1] < 0.9 * seconds[0]
+        return None
+
+    def pays(rows: int) -> bool:
+        some = 3 if rows < 64 else 1  # reading the weights, or arithmetic, is what takes time
+        products = lambda product, operands: lambda: [product(x[:rows], operand) for operand in operands[:some]]
+        return time_ratio(products(_product, packed), products(F.linear, weights)) < 0.95
+
+    if not pays(12):
+        return None
+    least = 12 if not pays(4) else 1 if pays(1) else 4
+    return least, 12 if not pays(64) else math.inf if pays(256) else 64
 
 
 def _state(weights) -> list[tuple]:
@@ -168,8 +205,11 @@ def product_with(module: nn.Module, source: torch.Tensor, weight_of: Callable):
         return lambda x: F.linear(x, weight)
     state, kept = _state([source]), _kept.setdefault(module, {})
     if weight_of not in kept or kept[weight_of][0] != state:
-        kept[weight_of] = state, _pack(weight_of(source))
-    return lambda x: _product(x, kept[weight_of][1])
+        weight = weight_of(source)
+        kept[weight_of] = state, weight, _pack(weight)
+    _, weight, packed = kept[weight_of]
+    rows = rows_for_packing(source.dtype, torch.get_num_threads())
+    return lambda x: _product(x, packed) if _within(x, rows) else F.linear(x, weight)
 
 
 def _packed(module: PackableLinear, int8: bool):
@@ -192,13 +232,15 @@ def _8_bits_pay(module: PackableLinear) -> bool:
     return not (module.few_rows and module.weight.dtype == torch.bfloat16)
 
 
-def _can_pack(weight: torch.Tensor, int8: bool) -> bool:
+def _can_pack(weight: torch.Tensor, int8: bool, few_rows: bool = True) -> bool:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-    if traced or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if is_traced() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    return hasattr(torch, "_int_mm") if int8 else packing_pays(weight.dtype, torch.get_num_threads())
+    if int8:
+        return hasattr(torch, "_int_mm")
+    rows = rows_for_packing(weight.dtype, torch.get_num_threads())
+    return rows is not None and (few_rows or rows[1] == math.inf)
 
 
 @contextmanager
@@ -208,14 +250,18 @@ def packed_linears(model: nn.Module, int8: bool = False):
     modules = [module for module in model.modules() if isinstance(module, PackableLinear)]
     with_others = {layer for module in modules for layer in module.joined[1:]}
     ways = {m: int8 and _8_bits_pay(m) for m in modules if m.packed is None and m not in with_others}
-    ways = {module: in_8_bits for module, in_8_bits in ways.items() if _can_pack(module.weight, in_8_bits)}
+    ways = {
+        module: in_8_bits for module, in_8_bits in ways.items() if _can_pack(module.weight, in_8_bits, module.few_rows)
+    }
     for module, in_8_bits in ways.items():
         module.packed = _packed(module, in_8_bits)
+        if not in_8_bits:
+            module.rows = rows_for_packing(module.weight.dtype, torch.get_num_threads())
     try:
         yield
     finally:
         for module in ways:
-            module.packed = None
+            module.packed, module.rows = None, PackableLinear.rows
 
 
 def with_packed_linears(method):

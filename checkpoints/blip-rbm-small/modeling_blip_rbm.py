@@ -10,8 +10,8 @@ T text tokens, V = 2C or C pooled image units, H hidden causes, K words of the R
 """
 
 import copy
+import functools
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
@@ -32,7 +32,7 @@ from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionMode
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .configuration_blip_rbm import BlipRBMConfig
+from .configuration_blip_rbm import PHRASE_WEIGHTS, BlipRBMConfig
 from .decoder_blip_rbm import ImageCache, ImageCrossAttention, decode, plan_products
 from .decoding_blip_rbm import (
     ContextLimit,
@@ -43,7 +43,7 @@ from .decoding_blip_rbm import (
     word_columns,
     words_said,
 )
-from .linear_blip_rbm import make_packable, product_with, with_packed_linears
+from .linear_blip_rbm import is_traced, make_packable, product_with, time_ratio, with_packed_linears
 from .phrases_blip_rbm import PhraseBlock
 from .rbm import JointRBM, bernoulli, gain_weights, pointwise_mutual_information, word_gains
 
@@ -55,7 +55,9 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-WEIGHTS_OF_GAINS = {order: partial(gain_weights, order=order) for order in ("first", "second")}  # each is made once
+WEIGHTS_OF_GAINS = {
+    order: functools.partial(gain_weights, order=order) for order in ("first", "second")
+}  # each is made once
 
 
 def _files_of_the_package():  # never called: transformers copies along with a model the files that this one imports
@@ -176,7 +178,7 @@ class RBMLayer(nn.Module):
 
 class ImageSelfAttention(BlipAttention):
     """The attention of BLIP's vision tower without ever holding all (N, N) weights: by PyTorch's fused kernel, or in half precision on a
-    CPU, where that is slow, some rows at a time. As BLIP computes it where the weights are asked for, and with
+    CPU where that is slow, some rows at a time. As BLIP computes it where the weights are asked for, and with
     `attn_implementation="eager"`.
 
     Args:
@@ -193,7 +195,8 @@ class ImageSelfAttention(BlipAttention):
             return super().forward(hidden_states, *args, **kwargs)
         rows, length, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(rows, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        if hidden_states.device.type == "cpu" and hidden_states.dtype != torch.float32 and not self.training:
+        on_cpu = hidden_states.device.type == "cpu" and not self.training
+        if on_cpu and not fused_attention_pays(hidden_states.dtype, torch.get_num_threads()):
             context = attention_by_blocks(*qkv, self.scale)
         else:
             dropout = self.dropout.p if self.training else 0.0
@@ -210,6 +213,21 @@ def attention_by_blocks(query, key, value, scale: float, block: int = 192) -> to
         for q, k, v in zip(query * scale, key.contiguous(), value.contiguous())
     ]
     return torch.stack(images).transpose(1, 2)
+
+
+@functools.lru_cache
+def fused_attention_pays(dtype: torch.dtype, threads: int) -> bool:
+    """Whether PyTorch's fused kernel is faster here than `attention_by_blocks`: measured once, on an image of BLIP-base's tower, 50 ms. With
+    bfloat16 and matrix units (AMX) it takes half of the time, without them twice; in fp32 it always was faster.
+
+    Args:
+        threads: of PyTorch, on which the answer depends.
+    """
+    if dtype == torch.float32 or is_traced():
+        return True
+    qkv = torch.linspace(-1, 1, 3 * 12 * 577 * 64).to(dtype).view(3, 1, 577, 12, 64).transpose(2, 3)
+    fused, by_blocks = lambda: F.scaled_dot_product_attention(*qkv), lambda: attention_by_blocks(*qkv, 0.125)
+    return time_ratio(fused, by_blocks, times=3) < 1
 
 
 def _tower_output_shape(config) -> tuple[int, int]:
@@ -359,7 +377,8 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         self.rbm_layer.phrases = phrases
         self.config.rbm_num_phrases = 0 if phrases is None else len(phrases.numbers)
         if phrases is None:
-            self.config.rbm_rerank_cider = 0.0
+            for name in PHRASE_WEIGHTS:
+                setattr(self.config, name, 0.0)
 
     def optimize_for_inference(self):
         """Fold the vision tower (`folded_tower`), in place; the model itself. Afterwards it captions, but can be neither trained nor
@@ -640,6 +659,9 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         if order != "exact" and self.pack_linears:
             product = product_with(rbm, p.U, WEIGHTS_OF_GAINS[order])
         vocab_size, clip = config.text_config.vocab_size, config.rbm_guidance_clip
+        if config.rbm_guidance_rarity:
+            words = torch.tensor(config.rbm_word_ids, device=hidden_input.device)
+            beta = beta * (1 + config.rbm_guidance_rarity * self.rbm_layer.phrases.token_rarity(words))
         return RBMGuidance(
             p, hidden_input, config.rbm_word_ids, vocab_size, beta, clip, order, product=product, **causes
         )
@@ -755,8 +777,8 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             similarities: kinds of `decoding_blip_rbm.caption_similarity`; default the config's.
 
         Returns:
-            `log_prob` by the decoder (nats), `length` (tokens), `pmi` by the RBM (nats), `cider` that it expects, if it has phrases, and
-            of every similarity, under its name, the consensus.
+            `log_prob` by the decoder (nats), `length` (tokens), `pmi` by the RBM (nats), if it has phrases `cider` that it expects and
+            the words' `rarity` (nats), and of every similarity, under its name, the consensus.
         """
         config, p = self.config, self.rbm_layer.rbm.parameters_fp32
         text = config.text_config
@@ -771,6 +793,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         if config.rbm_num_phrases:
             causes = torch.sigmoid(encoding.hidden_input)
             parts["cider"] = self.rbm_layer.phrases.expected_cider(causes, sequences, special)
+            parts["rarity"] = self.rbm_layer.phrases.rarity(sequences, special)
         for kind in (config.rbm_rerank_similarity,) if similarities is None else similarities:
             parts[kind] = consensus(caption_similarity(sequences, kind, special, q))
         return parts

@@ -11,6 +11,7 @@ couples a caption with the causes is the energy of that block:
 with f the mean over training captions of CIDEr-D's penalty for a length unlike the reference's. r and R are fitted in closed form, the RBM as
 it is (`training/fit_phrases.py`): a regression of the mean vector of an image's captions on its causes. It is a consensus with what would be
 said of like images (Devlin et al., "Exploring nearest neighbor approaches for image captioning", 2015), without keeping their captions.
+What is expected of many images draws to common words; `rarity` is the weight on the other side.
 
 Axes: B images, n candidates of an image, T tokens, L places where an n-gram may begin, P phrases, H hidden causes.
 """
@@ -24,6 +25,7 @@ from .decoding_blip_rbm import ORDERS, ngram_numbers
 
 SIGMA = 6.0  # of CIDEr-D's penalty for another length
 MAX_LENGTH = 64  # of captions whose length counts as it is
+RARE_FROM = 4.0  # idf: words said of fewer than one image in 55 are rare
 
 
 def length_factors(lengths: torch.Tensor) -> torch.Tensor:
@@ -81,3 +83,16 @@ class PhraseBlock(nn.Module):
         expected = expected + (self.bias[columns] * values).sum(-1).view(images, n)
         length = (~torch.isin(flat, torch.tensor(ignored, device=flat.device))).sum(-1).clamp(max=MAX_LENGTH)
         return 10 / len(ORDERS) * expected * self.length_factor[length].view(images, n)
+
+    def rarity(self, sequences: torch.Tensor, ignored: tuple[int, ...]) -> torch.Tensor:
+        """(B, n) how rare the words of the captions (B, n, T) are, in nats: the sum of `token_rarity` over their different tokens."""
+        counted = ~torch.isin(sequences, torch.tensor(ignored, device=sequences.device))
+        times = (sequences[..., :, None] == sequences[..., None, :]).sum(-1)
+        return (self.token_rarity(sequences) * counted / times).sum(-1)
+
+    def token_rarity(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """(...) how far the idf of tokens (...) is above `RARE_FROM`, in nats. Those that are no phrases count as the rarest that is one."""
+        number = token_ids + 1  # a token's own of `ngram_numbers`
+        column = torch.searchsorted(self.numbers, number).clamp(max=len(self.numbers) - 1)
+        idf = torch.where(self.numbers[column] == number, self.idf[column], self.idf.max())
+        return (idf.float() - RARE_FROM).clamp(min=0)
