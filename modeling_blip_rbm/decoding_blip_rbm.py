@@ -63,6 +63,7 @@ class RBMGuidance(LogitsProcessor):
         self.word_ids = torch.tensor(word_ids, device=hidden_input.device)
         self.columns = word_columns(word_ids, vocab_size, hidden_input.device)
         self.beta, self.clip, self.order = torch.as_tensor(beta, device=hidden_input.device), clip, order
+        self.guided = bool(self.beta.any())
         self.kept = {}  # (image, columns of the words said): their gains (K,)
 
     def gains(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -96,7 +97,7 @@ class RBMGuidance(LogitsProcessor):
         return gains
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        bonus = self.beta * self.gains(input_ids) if self.beta.any() else 0.0
+        bonus = self.beta * self.gains(input_ids) if self.guided else 0.0
         if self.shift is not None:
             said = words_said(input_ids, self.columns, len(self.word_ids))
             bonus = bonus + self.shift.repeat_interleave(len(input_ids) // len(self.shift), 0) * (1 - said)

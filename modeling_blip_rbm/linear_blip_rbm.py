@@ -32,12 +32,12 @@ class PackableLinear(nn.Linear):
     """`nn.Linear`, and as that saved, loaded and trained."""
 
     packed: Optional[tuple] = None  # weight and bias, only inside `packed_linears`
-    rows: tuple[float, float] = (1, math.inf)  # least and most, for which the packed weight is taken there
+    packed_rows: tuple[float, float] = (1, math.inf)  # least and most, for which the packed weight is taken there
     few_rows = False  # at a time, so that reading the weights and rounding the inputs are all that takes time
     joined: tuple["PackableLinear", ...] = ()  # this and others of the same input, all packed with this one
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.packed is None or self.joined or not _within(input, self.rows):
+        if self.packed is None or self.joined or not _within(input, self.packed_rows):
             return super().forward(input)
         return prepared(self)(input)
 
@@ -67,9 +67,9 @@ def prepared(*layers: nn.Module, activation: Optional[nn.Module] = None) -> Call
         with_packed = lambda x, residual=None: (
             _product(x, weight, bias) if residual is None else _sum_with_product(x, residual, weight, bias)
         )
-    if first.rows == PackableLinear.rows:
+    if first.packed_rows == PackableLinear.packed_rows:
         return with_packed
-    rows, without = first.rows, _in_turn(unpacked, activation)
+    rows, without = first.packed_rows, _in_turn(unpacked, activation)
     return lambda x, residual=None: (with_packed if _within(x, rows) else without)(x, residual)
 
 
@@ -256,12 +256,12 @@ def packed_linears(model: nn.Module, int8: bool = False):
     for module, in_8_bits in ways.items():
         module.packed = _packed(module, in_8_bits)
         if not in_8_bits:
-            module.rows = rows_for_packing(module.weight.dtype, torch.get_num_threads())
+            module.packed_rows = rows_for_packing(module.weight.dtype, torch.get_num_threads())
     try:
         yield
     finally:
         for module in ways:
-            module.packed, module.rows = None, PackableLinear.rows
+            module.packed, module.packed_rows = None, PackableLinear.packed_rows
 
 
 def with_packed_linears(method):

@@ -58,9 +58,8 @@ class ImageCrossAttention(BlipTextSelfAttention):
 
     def keys_and_values(self, image_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, heads, N, head size) each, of image_embeds (B, N, D)."""
-        if (
-            getattr(self.key, "packed", None) is None
-        ):  # two products are as fast, and their outputs need not be put together
+        if getattr(self.key, "packed", None) is None:
+            # prepared would only put together what is then taken apart
             both = self.key(image_embeds), self.value(image_embeds)
         else:
             both = prepared(self.key, self.value)(image_embeds).chunk(2, -1)
