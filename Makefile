@@ -171,15 +171,12 @@ seeds: .venv/installed  ## train, tune and measure the RBM from two more seeds o
 
 # After `seeds`: other weights for the same three RBMs.
 varied: .venv/installed  ## more different words: the three RBMs with re-rank and guide that favour rare ones (half an hour)
-	$(RUN) -m training.tune_decoding training/recipes/decoding-varied.yaml --model checkpoints/blip-rbm-small --dataset $(DATASET) \
-		--output_dir runs/varied-0
-	for seed in 1 2; do \
-		$(RUN) -m training.tune_decoding training/recipes/decoding-varied.yaml --model runs/phrases-$$seed/best --dataset $(DATASET) \
+	seed=0; for model in checkpoints/blip-rbm-small runs/phrases-1/best runs/phrases-2/best; do \
+		$(RUN) -m training.tune_decoding training/recipes/decoding-varied.yaml --model $$model --dataset $(DATASET) \
 			--output_dir runs/varied-$$seed || exit 1; \
-	done
-	for seed in 0 1 2; do \
 		$(RUN) -m training.evaluate_captions --model runs/varied-$$seed --dataset $(DATASET) \
 			--output benchmarks/results/captions_varied_$$seed.json || exit 1; \
+		seed=$$((seed + 1)); \
 	done
 
 diversity: .venv/installed  ## several captions of an image: sampled causes beside sampling, nucleus, diverse and plain beams
@@ -199,7 +196,7 @@ bench-generate: .venv/installed  ## speed of generate beside transformers' own B
 	$(RUN) -m benchmarks.generate --models blip_base --batches 4 1 --output benchmarks/results/generate$(SUFFIX).json
 	$(RUN) -m benchmarks.generate --models blip_base --batches 16 --beams 3 --output benchmarks/results/generate_16$(SUFFIX).json
 	$(RUN) -m benchmarks.generate_bound --output benchmarks/results/generate_bound$(SUFFIX).json
-	$(RUN) -m benchmarks.generate --models embedded --batches 16 4 1 --output benchmarks/results/generate_embedded.json
+	$(RUN) -m benchmarks.generate --models embedded --batches 16 4 1 --output benchmarks/results/generate_embedded$(SUFFIX).json
 	$(RUN) -m benchmarks.folder --dataset $(DATASET) --output benchmarks/results/folder.json
 	$(RUN) -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset $(DATASET) --int8 true \
 		--output benchmarks/results/captions_int8.json

@@ -1,7 +1,6 @@
 """Command lines of the stages: `python -m training.STAGE [recipe.yaml] [--flag value ...]`, flags win over the recipe."""
 
 import sys
-import time
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from modeling_blip_rbm.linear_blip_rbm import time_ratio
+
 
 @lru_cache
 def bf16_is_fast() -> bool:
@@ -18,14 +19,8 @@ def bf16_is_fast() -> bool:
     matrices."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    matrices = {dtype: torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-    seconds = dict.fromkeys(matrices, float("inf"))
-    for _ in range(7):  # the least of several, in turn: other work on the machine only adds, and to both
-        for dtype, a in matrices.items():
-            start = time.perf_counter()
-            a @ a
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+    half, full = (torch.ones(256, 256, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    return time_ratio(lambda: half @ half, lambda: full @ full, times=7) < 1
 
 
 @dataclass

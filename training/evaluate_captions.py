@@ -123,6 +123,11 @@ def differences(ours, baseline) -> dict[str, dict[str, float]]:
     }
 
 
+def chosen_by_rerank(parts: dict[str, np.ndarray], settings: dict) -> np.ndarray:
+    """(images,) which candidate re-rank takes with these weights, of `candidate_parts`."""
+    return rerank_scores({name: torch.from_numpy(part) for name, part in parts.items()}, settings).argmax(1).numpy()
+
+
 @torch.no_grad()
 def ablation(model, processor, store, scorer, **settings) -> dict[str, list[str]]:
     """Captions by each strategy alone, and by what costs as many beams without an RBM. `oracle` looks at the references."""
@@ -140,21 +145,17 @@ def ablation(model, processor, store, scorer, **settings) -> dict[str, list[str]
         outputs, parts = candidate_parts(
             model, processor, store, rows, n, rbm_guidance=beta, max_new_tokens=settings["max_new_tokens"]
         )
-        tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
-        by_rerank, without_rarity = (
-            rerank_scores(tensors, vars(config) | changes).argmax(1).numpy()
-            for changes in ({}, {"rbm_rerank_rarity": 0.0})
-        )
         cider = np.array([[scorer.score(i, text) for text in of_image] for i, of_image in enumerate(outputs)])
         choices = {
             "first": np.zeros(len(rows), int),
             "random": np.random.default_rng(0).integers(n, size=len(rows)),
             "consensus alone": parts[config.rbm_rerank_similarity].argmax(1),
             **({"expected CIDEr-D alone": parts["cider"].argmax(1)} if "cider" in parts else {}),
-            **({"re-rank without rarity": without_rarity} if config.rbm_rerank_rarity else {}),
-            "re-rank": by_rerank,
+            "re-rank": chosen_by_rerank(parts, vars(config)),
             "oracle": cider.argmax(1),
         }
+        if config.rbm_rerank_rarity:
+            choices["re-rank without rarity"] = chosen_by_rerank(parts, vars(config) | {"rbm_rerank_rarity": 0.0})
         for name, chosen in choices.items():
             of = f"{n} {'guided ' * guided}beams: {name}"
             captions[of] = [of_image[i] for of_image, i in zip(outputs, chosen)]

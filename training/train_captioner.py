@@ -497,6 +497,37 @@ def load_captioner(captioner: CaptionerArguments) -> PackedCaptioner:
     return PackedCaptioner.from_pretrained(captioner.model, config=config)
 
 
+def refuse_impossible(captioner: CaptionerArguments, args: TrainingArguments):
+    """Raises ValueError for settings that cannot be, or exclude each other, before anything is loaded."""
+    if not 0 <= captioner.fold < captioner.folds:
+        raise ValueError(
+            f"--fold is {captioner.fold}, but must be at least 0 and less than --folds, which is {captioner.folds}"
+        )
+    if args.eval_strategy == "no":
+        raise ValueError(
+            "--eval_strategy is no, but what is kept is the best of the evaluations: choose epoch, or steps with --eval_steps"
+        )
+    if captioner.samples and captioner.tower_learning_rate:
+        raise ValueError(
+            "--samples and --tower_learning_rate exclude each other: captions are sampled from cached features"
+        )
+    if captioner.aligned and captioner.tower_learning_rate:
+        raise ValueError("--aligned and --tower_learning_rate exclude each other: the layer is put on cached tokens")
+
+
+def load_images(model, processor, data: DataArguments, captioner: CaptionerArguments, args: TrainingArguments):
+    """The pairs, and their images as what is trained sees them: pixels if the tower is trained, else what it makes of them."""
+    if captioner.tower_learning_rate:
+        dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
+        return dataset, Images(dataset, processor.image_processor)
+    with args.main_process_first(desc="encode"):
+        card_file = Path(args.output_dir) / "pairs.json" if args.process_index == 0 else None
+        dataset, store = load_features(data, model.vision_model, processor.image_processor, card_file=card_file)
+    if captioner.aligned:
+        store = AlignedTokens(store, load_image_layer(captioner.aligned))
+    return dataset, CachedViews(store)
+
+
 def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerArguments, settings: dict):
     """The averaged weights as at the end in `last`, and what was measured in captioner.json."""
     output_dir = Path(trainer.args.output_dir)
@@ -520,14 +551,7 @@ def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerA
 def main():
     data, captioner, args = parse_arguments(DataArguments, CaptionerArguments, TrainingArguments)
     refuse_other_output(args.output_dir, "captioner.json", "checkpoint-*", "best", "pairs.json")
-    if not 0 <= captioner.fold < captioner.folds:
-        raise ValueError(
-            f"--fold is {captioner.fold}, but must be at least 0 and less than --folds, which is {captioner.folds}"
-        )
-    if args.eval_strategy == "no":
-        raise ValueError(
-            "--eval_strategy is no, but what is kept is the best of the evaluations: choose epoch, or steps with --eval_steps"
-        )
+    refuse_impossible(captioner, args)
     args.remove_unused_columns = False
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(captioner.model)
@@ -543,22 +567,7 @@ def main():
     if captioner.tower_learning_rate:
         model.vision_model.to(memory_format=torch.channels_last)  # convolutions up to 1.8 times as fast
 
-    if captioner.samples and captioner.tower_learning_rate:
-        raise ValueError(
-            "--samples and --tower_learning_rate exclude each other: captions are sampled from cached features"
-        )
-    if captioner.aligned and captioner.tower_learning_rate:
-        raise ValueError("--aligned and --tower_learning_rate exclude each other: the layer is put on cached tokens")
-    if captioner.tower_learning_rate:
-        dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
-        images = Images(dataset, processor.image_processor)
-    else:
-        with args.main_process_first(desc="encode"):
-            card_file = Path(args.output_dir) / "pairs.json" if args.process_index == 0 else None
-            dataset, store = load_features(data, model.vision_model, processor.image_processor, card_file=card_file)
-        if captioner.aligned:
-            store = AlignedTokens(store, load_image_layer(captioner.aligned))
-        images = CachedViews(store)
+    dataset, images = load_images(model, processor, data, captioner, args)
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     if captioner.folds > 1:
         train_rows = train_rows[fold_of(dataset["image_id"], captioner.folds)[train_rows] != captioner.fold]

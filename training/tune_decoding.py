@@ -24,11 +24,11 @@ import torch
 from sklearn.feature_extraction.text import CountVectorizer
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.decoding_blip_rbm import SIMILARITIES, rerank_scores
+from modeling_blip_rbm.decoding_blip_rbm import SIMILARITIES
 from training.arguments import DataArguments, parse_arguments
 from training.checkpoints import refuse_other_output, save_captioner, write_json
 from training.data import split_held_back
-from training.evaluate_captions import candidate_parts, caption_rows
+from training.evaluate_captions import candidate_parts, caption_rows, chosen_by_rerank
 from training.features import cache_features
 from training.metrics import CiderD, bleu, corpus_diversity, tokenize
 from training.pairs import load_pairs
@@ -99,14 +99,14 @@ class Choices:
     """
 
     def __init__(self, captions: list[list[str]], parts: dict[str, np.ndarray], cider: np.ndarray):
-        self.parts, self.cider = {name: torch.from_numpy(part) for name, part in parts.items()}, cider
+        self.parts, self.cider = parts, cider
         words = CountVectorizer(analyzer=tokenize, binary=True, dtype=bool)
         self.said = words.fit_transform(text for of_image in captions for text in of_image)  # (images * n, words)
 
     def outcome(self, weights: dict) -> dict:
         """The weights with mean CIDEr-D and vocabulary of what they choose."""
         images, n = self.cider.shape
-        chosen = np.arange(images) * n + rerank_scores(self.parts, weights).argmax(1).numpy()
+        chosen = np.arange(images) * n + chosen_by_rerank(self.parts, weights)
         vocabulary = int((self.said[chosen].sum(0) > 0).sum())
         return weights | {"cider": 100 * self.cider.flat[chosen].mean(), "vocabulary": vocabulary}
 
@@ -202,6 +202,37 @@ def tune_plain(model, held_back: HeldBack, log_frequency: torch.Tensor, args: Tu
     return tried
 
 
+def tune_guide_and_rerank(model, held_back: HeldBack, plain_vocabulary: int, args: TuningArguments) -> dict:
+    """What was tried, and under `chosen` what is best."""
+    guides, choices, outcomes, candidates = [], [], [], {}
+    for guidance in itertools.product(args.guidance, args.guidance_rarity):
+        if not guidance[0] and guidance[1] != args.guidance_rarity[0]:
+            continue  # the same: nothing grows
+        guides.append(dict(zip(GUIDE, guidance)))
+        for name, value in guides[-1].items():
+            setattr(model.config, name, value)
+        outputs, parts = candidate_parts(model, held_back.processor, held_back.store, held_back.rows, args.candidates)
+        cider = np.array([[held_back.scorer.score(i, text) for text in of] for i, of in enumerate(outputs)])
+        choices.append(Choices(outputs, parts, cider))
+        outcomes.append(choices[-1].tune(COARSE_GRID if args.rerank_vocabulary else RERANK_GRID))
+        candidates[", ".join(str(weight) for weight in guidance if weight)] = {
+            "first_candidate": 100 * cider[:, 0].mean(),
+            "random_candidate": 100 * cider.mean(),
+            "oracle": 100 * cider.max(1).mean(),
+        }
+    tried = [guide | outcome for guide, of_guide in zip(guides, outcomes) for outcome in of_guide]
+    rerank = {"candidates": candidates, "best": sorted(tried, key=lambda t: -t["cider"])[:10]}
+    if args.rerank_vocabulary:
+        best = best_on_average(outcomes)
+        rerank["rarity"] = [[guide | o for o in c.with_rarity(best)] for guide, c in zip(guides, choices)]
+        chosen = best_of_varied(rerank["rarity"], args.rerank_vocabulary * plain_vocabulary)
+    else:
+        chosen = most_varied(tried, args.rerank_tolerance)
+    rerank["chosen"] = chosen
+    rerank |= {name: best_by(tried, name) for name in (*GUIDE, *RERANK_GRID)}
+    return rerank
+
+
 def main():
     data, args = parse_arguments(DataArguments, TuningArguments)
     refuse_other_output(args.output_dir, "tuning.json")
@@ -225,35 +256,10 @@ def main():
     config.rbm_guidance_order, config.rbm_rerank_candidates = args.order, args.candidates
 
     plain = tune_plain(model, held_back, log_frequency, args)
-    guides, choices, outcomes, candidates = [], [], [], {}
-    for guidance in itertools.product(args.guidance, args.guidance_rarity):
-        if not guidance[0] and guidance[1] != args.guidance_rarity[0]:
-            continue  # the same: nothing grows
-        guides.append(dict(zip(GUIDE, guidance)))
-        for name, value in guides[-1].items():
-            setattr(config, name, value)
-        outputs, parts = candidate_parts(model, processor, store, range(len(rows)), args.candidates)
-        cider = np.array([[held_back.scorer.score(i, text) for text in of] for i, of in enumerate(outputs)])
-        choices.append(Choices(outputs, parts, cider))
-        outcomes.append(choices[-1].tune(COARSE_GRID if args.rerank_vocabulary else RERANK_GRID))
-        candidates[", ".join(str(weight) for weight in guidance if weight)] = {
-            "first_candidate": 100 * cider[:, 0].mean(),
-            "random_candidate": 100 * cider.mean(),
-            "oracle": 100 * cider.max(1).mean(),
-        }
     chosen_plain = most_varied(plain, args.tolerance, args.bleu_tolerance)
-    tried = [guide | outcome for guide, of_guide in zip(guides, outcomes) for outcome in of_guide]
-    rerank = {"candidates": candidates, "best": sorted(tried, key=lambda t: -t["cider"])[:10]}
-    if args.rerank_vocabulary:
-        best = best_on_average(outcomes)
-        rerank["rarity"] = [[guide | o for o in c.with_rarity(best)] for guide, c in zip(guides, choices)]
-        chosen = best_of_varied(rerank["rarity"], args.rerank_vocabulary * chosen_plain["vocabulary"])
-    else:
-        chosen = most_varied(tried, args.rerank_tolerance)
-    rerank["chosen"] = chosen
-    rerank |= {name: best_by(tried, name) for name in (*GUIDE, *RERANK_GRID)}
+    rerank = tune_guide_and_rerank(model, held_back, chosen_plain["vocabulary"], args)
     print(json.dumps(rerank, indent=1))
-    settings = {name: value for name, value in chosen.items() if name.startswith("rbm_")}
+    settings = {name: value for name, value in rerank["chosen"].items() if name.startswith("rbm_")}
     for name, value in {"rbm_rerank": True, **settings}.items():
         setattr(config, name, value)
     guide = held_back.measure(model, rbm_rerank=False)
