@@ -167,7 +167,7 @@ def time_ratio(function: Callable, other: Callable, times: int = 5) -> float:
 
 @functools.lru_cache
 def rows_for_packing(dtype: torch.dtype, threads: int, outputs: int = 3072, inputs: int = 768) -> Optional[tuple]:
-    """The least and the most rows for which packed weights are faster here, (1, infinity) if for any number: measured once, some 100 ms. None
+    """The least and the most rows for which packed weights are faster here, (1, infinity) if for any number: measured once, some 200 ms. None
     if not for 12, or where PyTorch has no such operators.
 
     Args:
@@ -175,7 +175,7 @@ def rows_for_packing(dtype: torch.dtype, threads: int, outputs: int = 3072, inpu
         outputs, inputs: of the weights, of which there are more than the caches hold, as in a decoder.
     """
     g = torch.Generator().manual_seed(0)  # of its own: a seeded run must not depend on whether this was measured before
-    *weights, x = torch.rand(3 * outputs + 256, inputs, generator=g).sub_(0.5).to(dtype).split([*[outputs] * 3, 256])
+    *weights, x = torch.rand(3 * outputs + 512, inputs, generator=g).sub_(0.5).to(dtype).split([*[outputs] * 3, 512])
     try:
         packed = [_pack(weight) for weight in weights]
         if not torch.allclose(_product(x, packed[0]).float(), F.linear(x, weights[0]).float(), rtol=0.02, atol=0.1):
@@ -184,14 +184,14 @@ def rows_for_packing(dtype: torch.dtype, threads: int, outputs: int = 3072, inpu
         return None
 
     def pays(rows: int) -> bool:
-        some = 3 if rows < 64 else 1  # reading the weights, or arithmetic, is what takes time
+        some, times = (3, 5) if rows < 64 else (1, 3)  # reading the weights, or arithmetic, is what takes time
         products = lambda product, operands: lambda: [product(x[:rows], operand) for operand in operands[:some]]
-        return time_ratio(products(_product, packed), products(F.linear, weights)) < 0.95
+        return time_ratio(products(_product, packed), products(F.linear, weights), times) < 0.95
 
     if not pays(12):
         return None
     least = 12 if not pays(4) else 1 if pays(1) else 4
-    return least, 12 if not pays(64) else math.inf if pays(256) else 64
+    return least, math.inf if pays(512) else 256 if pays(64) else 12
 
 
 def _state(weights) -> list[tuple]:

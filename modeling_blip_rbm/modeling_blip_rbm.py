@@ -55,6 +55,7 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
+IMAGES_AT_ONCE = 4  # through the vision tower, on a CPU
 WEIGHTS_OF_GAINS = {
     order: functools.partial(gain_weights, order=order) for order in ("first", "second")
 }  # each is made once
@@ -93,6 +94,14 @@ def vision_tokens(outputs) -> torch.Tensor:
     """(B, N, C) of a vision tower's output: a token sequence as it is, a feature map (B, C, H, W) row by row."""
     states = outputs.last_hidden_state
     return states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
+
+
+def image_tokens(tower: nn.Module, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+    """(B, N, C) of images (B, 3, S, S) by a vision tower. On a CPU `IMAGES_AT_ONCE`, whose feature maps stay in its caches and in memory that
+    the process has already: 16 images take up to twice the time at once."""
+    whole = pixel_values.device.type != "cpu" or tower.training or is_traced()
+    pieces = [pixel_values] if whole else pixel_values.split(IMAGES_AT_ONCE)
+    return torch.cat([vision_tokens(tower(some, **kwargs)) for some in pieces])
 
 
 def folded_tower(tower: nn.Module) -> nn.Module:
@@ -391,7 +400,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         pixel_values = pixel_values.to(self.dtype)
         if not self.config.has_blip_tower:  # a convolutional tower is up to 1.3 times as fast so, on CPUs
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        return vision_tokens(self.vision_model(pixel_values, **extra))
+        return image_tokens(self.vision_model, pixel_values, **extra)
 
     @torch.no_grad()
     def image_words(self, hidden_input: torch.Tensor, top_k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from modeling_blip_rbm.modeling_blip_rbm import folded_tower, pool_tokens, vision_tokens
+from modeling_blip_rbm.modeling_blip_rbm import folded_tower, image_tokens, pool_tokens
 from training.arguments import bf16_is_fast
 from training.checkpoints import write_json
 from training.data import image_view, images_fingerprint
@@ -276,7 +276,7 @@ class Encoder:
         looks = [image_view(image.convert("RGB"), v, seed + i) for i, image in enumerate(images) for v in range(views)]
         pixel_values = self.image_processor(looks, return_tensors="pt")["pixel_values"].to(self.device)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            tokens = vision_tokens(self.tower(pixel_values.contiguous(memory_format=torch.channels_last))).float()
+            tokens = image_tokens(self.tower, pixel_values.contiguous(memory_format=torch.channels_last)).float()
         if self.settings["pooling"] is not None:
             tokens = pool_tokens(tokens, self.settings["pooling"])
         return tokens.reshape(len(images), views, *tokens.shape[1:]).to(torch.float16).cpu().numpy()

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_blip_rbm import BlipRBMConfig
 from .decoding_blip_rbm import word_columns, words_said
-from .modeling_blip_rbm import RBMLayer, new_vision_tower, pool_tokens, vision_tokens
+from .modeling_blip_rbm import RBMLayer, image_tokens, new_vision_tower, pool_tokens
 from .rbm import JointRBM, pairwise_mutual_information
 
 
@@ -115,7 +115,7 @@ class BlipRBMForImageTextRetrieval(BlipPreTrainedModel):
         if (pixel_values is None) == (vision_hidden_states is None):
             raise ValueError("give either pixel_values or vision_hidden_states (the tower's output)")
         if vision_hidden_states is None:
-            vision_hidden_states = vision_tokens(self.vision_model(pixel_values.to(self.dtype)))
+            vision_hidden_states = image_tokens(self.vision_model, pixel_values.to(self.dtype))
         return vision_hidden_states
 
 
