@@ -3,8 +3,8 @@
 Decoding multiplies a few rows, as many as there are beams, with large matrices. The library that PyTorch asks for products of fp32
 matrices reads those several times slower than memory gives them; oneDNN, with weights in the order in which it reads them, does not
 (`benchmarks/generate.py`, docs/experiments.md). PyTorch's compiler uses the same operators on frozen weights. Results differ from those
-of `nn.Linear` by rounding alone. For how many rows that pays is measured: on some processors for any number, on others not for a row or
-two, nor for hundreds.
+of `nn.Linear` by rounding alone. From how many rows on that pays is measured: on some processors from one, on others not for a row or
+two; and whether it does for hundreds, as in a vision tower.
 
 With `int8=True` weights and inputs are rounded to 8 bits, weights with a scale for each output and inputs with one for each row, so that
 a caption does not depend on what else is in its batch (torchao's "int8 dynamic activation, int8 weight", in PyTorch's own product).
@@ -32,12 +32,12 @@ class PackableLinear(nn.Linear):
     """`nn.Linear`, and as that saved, loaded and trained."""
 
     packed: Optional[tuple] = None  # weight and bias, only inside `packed_linears`
-    packed_rows: tuple[float, float] = (1, math.inf)  # least and most, for which the packed weight is taken there
+    least_rows = 1  # for which the packed weight is taken there
     few_rows = False  # at a time, so that reading the weights and rounding the inputs are all that takes time
     joined: tuple["PackableLinear", ...] = ()  # this and others of the same input, all packed with this one
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.packed is None or self.joined or not _within(input, self.packed_rows):
+        if self.packed is None or self.joined or _rows(input) < self.least_rows:
             return super().forward(input)
         return prepared(self)(input)
 
@@ -67,14 +67,14 @@ def prepared(*layers: nn.Module, activation: Optional[nn.Module] = None) -> Call
         with_packed = lambda x, residual=None: (
             _product(x, weight, bias) if residual is None else _sum_with_product(x, residual, weight, bias)
         )
-    if first.packed_rows == PackableLinear.packed_rows:
+    if first.least_rows == 1:
         return with_packed
-    rows, without = first.packed_rows, _in_turn(unpacked, activation)
-    return lambda x, residual=None: (with_packed if _within(x, rows) else without)(x, residual)
+    least, without = first.least_rows, _in_turn(unpacked, activation)
+    return lambda x, residual=None: (without if _rows(x) < least else with_packed)(x, residual)
 
 
-def _within(x: torch.Tensor, rows: tuple[float, float]) -> bool:
-    return rows[0] <= x.numel() // x.shape[-1] <= rows[1]
+def _rows(x: torch.Tensor) -> int:
+    return x.numel() // x.shape[-1]
 
 
 def _in_turn(product: Callable, activation: Optional[Callable] = None) -> Callable:
@@ -165,17 +165,21 @@ def time_ratio(function: Callable, other: Callable, times: int = 5) -> float:
     return shortest[0] / shortest[1]
 
 
+class Packing(NamedTuple):
+    least_rows: int  # for which packed weights are faster than others
+    many_rows: bool  # whether they still are for hundreds
+
+
 @functools.lru_cache
-def rows_for_packing(dtype: torch.dtype, threads: int, outputs: int = 3072, inputs: int = 768) -> Optional[tuple]:
-    """The least and the most rows for which packed weights are faster here, (1, infinity) if for any number: measured once, some 200 ms. None
-    if not for 12, or where PyTorch has no such operators.
+def packing_pays(dtype: torch.dtype, threads: int, outputs: int = 3072, inputs: int = 768) -> Optional[Packing]:
+    """For how many rows packed weights are faster here: measured once, some 150 ms. None if not for 12, or where PyTorch has no such operators.
 
     Args:
         threads: of PyTorch, on which the answer depends.
         outputs, inputs: of the weights, of which there are more than the caches hold, as in a decoder.
     """
     g = torch.Generator().manual_seed(0)  # of its own: a seeded run must not depend on whether this was measured before
-    *weights, x = torch.rand(3 * outputs + 512, inputs, generator=g).sub_(0.5).to(dtype).split([*[outputs] * 3, 512])
+    *weights, x = torch.rand(3 * outputs + 256, inputs, generator=g).sub_(0.5).to(dtype).split([*[outputs] * 3, 256])
     try:
         packed = [_pack(weight) for weight in weights]
         if not torch.allclose(_product(x, packed[0]).float(), F.linear(x, weights[0]).float(), rtol=0.02, atol=0.1):
@@ -184,14 +188,15 @@ def rows_for_packing(dtype: torch.dtype, threads: int, outputs: int = 3072, inpu
         return None
 
     def pays(rows: int) -> bool:
-        some, times = (3, 5) if rows < 64 else (1, 3)  # reading the weights, or arithmetic, is what takes time
+        some, times = (3, 9) if rows < 64 else (1, 5)  # reading the weights, or arithmetic, is what takes time
         products = lambda product, operands: lambda: [product(x[:rows], operand) for operand in operands[:some]]
-        return time_ratio(products(_product, packed), products(F.linear, weights), times) < 0.95
+        return (
+            time_ratio(products(_product, packed), products(F.linear, weights), times) < 0.9
+        )  # or not worth its memory
 
     if not pays(12):
         return None
-    least = 12 if not pays(4) else 1 if pays(1) else 4
-    return least, math.inf if pays(512) else 256 if pays(64) else 12
+    return Packing(12 if not pays(4) else 1 if pays(1) else 4, pays(256))
 
 
 def _state(weights) -> list[tuple]:
@@ -208,8 +213,8 @@ def product_with(module: nn.Module, source: torch.Tensor, weight_of: Callable):
         weight = weight_of(source)
         kept[weight_of] = state, weight, _pack(weight)
     _, weight, packed = kept[weight_of]
-    rows = rows_for_packing(source.dtype, torch.get_num_threads())
-    return lambda x: _product(x, packed) if _within(x, rows) else F.linear(x, weight)
+    least = packing_pays(source.dtype, torch.get_num_threads()).least_rows
+    return lambda x: F.linear(x, weight) if _rows(x) < least else _product(x, packed)
 
 
 def _packed(module: PackableLinear, int8: bool):
@@ -239,8 +244,8 @@ def _can_pack(weight: torch.Tensor, int8: bool, few_rows: bool = True) -> bool:
         return False
     if int8:
         return hasattr(torch, "_int_mm")
-    rows = rows_for_packing(weight.dtype, torch.get_num_threads())
-    return rows is not None and (few_rows or rows[1] == math.inf)
+    pays = packing_pays(weight.dtype, torch.get_num_threads())
+    return pays is not None and (few_rows or pays.many_rows)
 
 
 @contextmanager
@@ -256,12 +261,12 @@ def packed_linears(model: nn.Module, int8: bool = False):
     for module, in_8_bits in ways.items():
         module.packed = _packed(module, in_8_bits)
         if not in_8_bits:
-            module.packed_rows = rows_for_packing(module.weight.dtype, torch.get_num_threads())
+            module.least_rows = packing_pays(module.weight.dtype, torch.get_num_threads()).least_rows
     try:
         yield
     finally:
         for module in ways:
-            module.packed, module.packed_rows = None, PackableLinear.packed_rows
+            module.packed, module.least_rows = None, PackableLinear.least_rows
 
 
 def with_packed_linears(method):

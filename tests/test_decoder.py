@@ -129,7 +129,7 @@ def test_attention_by_blocks_is_attention(block):
 @torch.no_grad()
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_tower_takes_the_attention_that_pays_in_half_precision(model, pixel_values, monkeypatch, fused):
-    calls = []
+    calls, pixel_values = [], pixel_values[:3]
     monkeypatch.setattr(
         modeling_blip_rbm, "fused_attention_pays", lambda dtype, threads: fused or dtype == torch.float32
     )

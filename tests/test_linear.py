@@ -1,7 +1,6 @@
 """Linear layers with packed weights: the same numbers, only inside `generate`, never of weights that have changed since."""
 
 import copy
-import math
 import pickle
 from contextlib import nullcontext
 from functools import partial
@@ -27,7 +26,7 @@ from modeling_blip_rbm.linear_blip_rbm import (
 @pytest.fixture(autouse=True)
 def pays(monkeypatch):
     """Pack whatever this processor is good at."""
-    monkeypatch.setattr(linear_blip_rbm, "rows_for_packing", lambda *args: (1, math.inf))
+    monkeypatch.setattr(linear_blip_rbm, "packing_pays", lambda *args: linear_blip_rbm.Packing(1, True))
 
 
 def new_model():
@@ -97,7 +96,7 @@ def test_prepared_is_what_the_layers_make(packed, activation, together):
 @pytest.mark.parametrize("activation", [None, nn.GELU(), nn.ReLU()])
 @pytest.mark.parametrize("together", [False, True])
 def test_packed_weights_are_for_as_many_rows_as_pay(monkeypatch, activation, together):
-    monkeypatch.setattr(linear_blip_rbm, "rows_for_packing", lambda *args: (3, 4))
+    monkeypatch.setattr(linear_blip_rbm, "packing_pays", lambda *args: linear_blip_rbm.Packing(3, False))
     model, x = nn.ModuleList([nn.Linear(13, 7), nn.Linear(13, 11)]), torch.randn(5, 13)
     make_packable(model)
     for layer in model:
@@ -118,14 +117,23 @@ def test_packed_weights_are_for_as_many_rows_as_pay(monkeypatch, activation, tog
     with packed_linears(model):
         product = prepared(*layers, activation=activation)
         of_one_alone = (layers[0](x[:rows]) for rows in (2, 4))
-        for rows in (1, 3, 4, 5):
+        for rows in (1, 2, 3, 5):
             torch.testing.assert_close(product(x[:rows]), plain[:rows], atol=1e-5, rtol=1e-4)
             expected = plain[:rows] + residual[:rows]
             torch.testing.assert_close(product(x[:rows], residual[:rows]), expected, atol=1e-5, rtol=1e-4)
-        assert packed_rows == [3, 3, 4, 4]
+        assert packed_rows == [3, 3, 5, 5]
         for rows, of_one in zip((2, 4), of_one_alone):
             torch.testing.assert_close(of_one, F.linear(x[:rows], layers[0].weight, layers[0].bias))
-    assert packed_rows == [3, 3, 4, 4] + [4] * (not together)
+    assert packed_rows == [3, 3, 5, 5] + [4] * (not together)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("many_rows", [False, True])
+def test_layers_of_many_rows_are_packed_only_where_that_pays(monkeypatch, model, many_rows):
+    monkeypatch.setattr(linear_blip_rbm, "packing_pays", lambda *args: linear_blip_rbm.Packing(1, many_rows))
+    with packed_linears(model):
+        assert (model.vision_model.encoder.layers[0].mlp.fc1.packed is not None) == many_rows
+        assert model.text_decoder.bert.encoder.layer[0].output.dense.packed is not None
 
 
 class Adapter(nn.Module):
@@ -345,10 +353,10 @@ def test_generate_in_8_bits(model, pixel_values, monkeypatch):
 
 def test_measuring_leaves_random_numbers_alone(monkeypatch):
     monkeypatch.undo()
-    linear_blip_rbm.rows_for_packing.cache_clear()
+    linear_blip_rbm.packing_pays.cache_clear()
     state = torch.get_rng_state()
-    rows = linear_blip_rbm.rows_for_packing(torch.float32, torch.get_num_threads())
-    assert rows is None or (rows[0] in (1, 4, 12) and rows[1] in (12, 256, math.inf))
+    pays = linear_blip_rbm.packing_pays(torch.float32, torch.get_num_threads())
+    assert pays is None or pays.least_rows in (1, 4, 12)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -358,8 +366,8 @@ def test_without_the_operators_nothing_is_packed(monkeypatch):
 
     monkeypatch.undo()
     monkeypatch.setattr(linear_blip_rbm, "_pack", missing)
-    linear_blip_rbm.rows_for_packing.cache_clear()
+    linear_blip_rbm.packing_pays.cache_clear()
     model = new_model()
     with torch.no_grad(), packed_linears(model):
         assert model[0].packed is None
-    linear_blip_rbm.rows_for_packing.cache_clear()
+    linear_blip_rbm.packing_pays.cache_clear()

@@ -16,8 +16,8 @@ from transformers import (
     EncoderDecoderCache,
 )
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration
-from modeling_blip_rbm.modeling_blip_rbm import ImageCache, pool_tokens, vision_tokens
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, modeling_blip_rbm
+from modeling_blip_rbm.modeling_blip_rbm import ImageCache, image_tokens, pool_tokens, vision_tokens
 from tests.conftest import RBM_SETTINGS, TEXT_CONFIG, VOCABULARY, randomise, tiny_config
 
 
@@ -97,6 +97,21 @@ TOWERS = {
         hidden_size=22, intermediate_size=29, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8
     ),
 }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", TOWERS)
+def test_images_go_through_the_tower_a_few_at_a_time(tower, monkeypatch):
+    monkeypatch.setattr(modeling_blip_rbm, "IMAGES_AT_ONCE", 2)
+    model = randomise(BlipRBMForConditionalGeneration(tiny_config(vision_config=TOWERS[tower].to_dict())), std=0.05)
+    size, batches = model.config.vision_config.image_size, []
+    model.vision_model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    pixel_values = torch.randn(5, 3, size, size)
+    tokens = image_tokens(model.vision_model, pixel_values)
+    assert batches == [2, 2, 1]
+    torch.testing.assert_close(tokens, vision_tokens(model.vision_model(pixel_values)), atol=1e-5, rtol=1e-4)
+    image_tokens(model.vision_model.train(), pixel_values)  # batch normalisation needs them all
+    assert batches == [2, 2, 1, 5, 5]
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -303,10 +318,10 @@ def test_captions_end_where_the_context_does(model, pixel_values, settings):
 
 
 def test_image_is_encoded_once(model, pixel_values):
-    calls = []
-    model.vision_model.register_forward_hook(lambda *args: calls.append(1))
+    images = []
+    model.vision_model.register_forward_pre_hook(lambda module, args: images.append(len(args[0])))
     model.generate(pixel_values, num_beams=3, rbm_rerank=True, rbm_guidance=0.2)
-    assert len(calls) == 1
+    assert sum(images) == len(pixel_values)
 
 
 def test_refine_changes_captions_only_when_its_gate_opens(model, pixel_values):
