@@ -149,3 +149,65 @@ def test_the_tower_in_half_precision_is_as_near_as_blips(blip, model, pixel_valu
     ours, theirs = model.bfloat16(), blip.bfloat16()
     errors = [(half.vision_model(pixel_values.bfloat16())[0] - expected).norm() for half in (ours, theirs)]
     assert 0 < errors[0] < 1.2 * errors[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_images_that_beam_search_is_done_with_are_left_out(model, masked):
+    """Step by step, beams reordered: the rows of the images that are left are those of a cache that keeps all."""
+    images, bert = 5, model.double().text_decoder.bert
+    image_embeds = torch.randn(images, 7, model.config.text_config.encoder_hidden_size, dtype=torch.float64)
+    first = torch.randint(5, 40, (images * ROWS, 3))
+    mask = torch.ones(images * ROWS, 3, dtype=torch.long)
+    image_mask = torch.ones(images, 7, dtype=torch.long) if masked else None
+    if masked:
+        mask[1, :2] = mask[13, :1] = 0
+        image_mask[1, 3:] = image_mask[4, 5:] = 0
+    ours, whole = (ImageCache(model.text_decoder, image_embeds) for _ in range(2))
+    decode(bert, first, ours, mask, image_mask=image_mask), decode(bert, first, whole, mask, image_mask=image_mask)
+    for going_on in (
+        [1, 1, 1, 1, 1],
+        [0, 1, 1, 0, 1],
+        [0, 1, 1, 0, 1],
+        [0, 1, 0, 0, 1],
+        [0, 0, 0, 0, 1],
+        [0, 0, 0, 0, 0],
+    ):
+        order = (torch.randint(0, ROWS, (images, ROWS)) + ROWS * torch.arange(images)[:, None]).flatten()
+        ours.reorder_cache(order), whole.reorder_cache(order)
+        mask, ids = torch.cat([mask[order], mask.new_ones(images * ROWS, 1)], 1), torch.randint(5, 40, (len(order), 1))
+        ours.going_on = torch.tensor(going_on, dtype=torch.bool)[:, None]
+        states = decode(bert, ids, ours, mask, image_mask=image_mask)
+        expected = decode(bert, ids, whole, mask, image_mask=image_mask)
+        left = torch.tensor(going_on if any(going_on) else [0, 0, 0, 0, 1], dtype=torch.bool).repeat_interleave(ROWS)
+        assert len(states) == left.sum()
+        torch.testing.assert_close(ours.all_rows(states), expected * left[:, None, None])
+
+
+@pytest.mark.parametrize("settings", [{"rbm": False}, {"rbm_guidance": 0.4, "rbm_rerank": True}, {"num_beams": 5}])
+def test_captions_are_the_same_without_images_that_are_done(model, pixel_values, monkeypatch, settings):
+    settings = {"num_beams": 3, "max_new_tokens": 19, "return_dict_in_generate": True} | settings
+    with torch.no_grad():  # so that captions end, some sooner than others
+        model.text_decoder.cls.predictions.decoder.bias[model.config.text_config.sep_token_id] += 4
+    rows = []
+    monkeypatch.setattr(modeling_blip_rbm, "decode", lambda *args: rows.append(len(states := decode(*args))) or states)
+    ours = model.generate(pixel_values, **settings)
+    assert min(rows[1:]) < max(rows[1:])
+    with_attentions = model.generate(pixel_values, output_attentions=True, **settings)  # BLIP's own way, of all rows
+    monkeypatch.setattr(ImageCache, "leave_out_finished", lambda self: None)
+    rows.clear()
+    whole = model.generate(pixel_values, **settings)
+    assert min(rows[1:]) == max(rows[1:])
+    assert torch.equal(ours.sequences, whole.sequences) and torch.equal(with_attentions.sequences, whole.sequences)
+    torch.testing.assert_close(ours.sequences_scores, whole.sequences_scores)
+
+
+def test_a_search_that_fails_leaves_nothing_behind(model, pixel_values):
+    def fail(input_ids, scores):
+        raise RuntimeError("on purpose")
+
+    expected = model.generate(pixel_values, num_beams=3)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model.generate(pixel_values[:2], num_beams=3, logits_processor=[fail])
+    assert torch.equal(model.generate(pixel_values, num_beams=3), expected)
+    assert modeling_blip_rbm._searching.get() is None

@@ -9,6 +9,7 @@ Axes: B images, N image tokens, C width of the vision tower's output, D width th
 T text tokens, V = 2C or C pooled image units, H hidden causes, K words of the RBM.
 """
 
+import contextvars
 import copy
 import functools
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
+_searching = contextvars.ContextVar("the cache of the beam search that runs", default=None)  # of this thread
 IMAGES_AT_ONCE = 4  # through the vision tower, on a CPU
 WEIGHTS_OF_GAINS = {
     order: functools.partial(gain_weights, order=order) for order in ("first", "second")
@@ -498,6 +500,8 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             states = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.text_decoder.cls(states[:, keep])
+        if isinstance(past_key_values, ImageCache):
+            logits = past_key_values.all_rows(logits)
         loss = None if labels is None else caption_loss(logits, labels, self.config.text_config.label_smoothing)
         return BlipRBMOutput(
             loss=loss,
@@ -553,6 +557,20 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }
+
+    def _beam_search(self, *args, **kwargs):
+        token = _searching.set(kwargs.get("past_key_values"))
+        try:
+            return super()._beam_search(*args, **kwargs)
+        finally:
+            _searching.reset(token)
+
+    def _check_early_stop_heuristic(self, *args, **kwargs):
+        """(B, 1) for which images beam search, which asks after every step, goes on: the cache leaves out the others."""
+        going_on = super()._check_early_stop_heuristic(*args, **kwargs)
+        if isinstance(cache := _searching.get(), ImageCache):
+            cache.going_on = going_on
+        return going_on
 
     def get_output_embeddings(self):
         return self.text_decoder.get_output_embeddings()
