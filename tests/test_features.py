@@ -10,7 +10,7 @@ import torch
 from PIL import Image as PILImage
 from transformers import BlipImageProcessor, Dinov2Model, EfficientNetConfig, EfficientNetModel
 
-from modeling_blip_rbm.modeling_blip_rbm import folded_tower, pool_tokens, vision_tokens
+from modeling_blip_rbm.modeling_blip_rbm import folded_tower, image_tokens, pool_tokens, vision_tokens
 from tests.conftest import random_image
 from training import features as features_module
 from training.arguments import DataArguments
@@ -73,13 +73,13 @@ def test_interrupted_encoding_goes_on(pairs, tower, tmp_path, monkeypatch, small
     expected = everything(cache_features(*tower, dataset, tmp_path / "a", batch_size=1))
     calls = []
 
-    def stop_after_ten(outputs):
+    def stop_after_ten(*args):
         calls.append(1)
         if len(calls) == 10:
             raise KeyboardInterrupt
-        return vision_tokens(outputs)
+        return image_tokens(*args)
 
-    monkeypatch.setattr(features_module, "vision_tokens", stop_after_ten)
+    monkeypatch.setattr(features_module, "image_tokens", stop_after_ten)
     with pytest.raises(KeyboardInterrupt):
         cache_features(*tower, dataset, tmp_path / "b", batch_size=1)
     assert len(list((tmp_path / "b").glob("*/0*.npy"))) == 1  # whole shards only
@@ -116,7 +116,7 @@ def test_pooled_features(pairs, tower, tmp_path, monkeypatch):
     tokens = cache_features(*tower, dataset, tmp_path / "b", views=2)
     expected = pool_tokens(torch.from_numpy(everything(tokens)).float().flatten(0, 1), "cls_mean").view(24, 2, -1)
     np.testing.assert_allclose(pooled, expected, atol=4e-3, rtol=4e-3)
-    monkeypatch.setattr(features_module, "vision_tokens", None)  # not called
+    monkeypatch.setattr(features_module, "image_tokens", None)  # not called
     again = everything(cache_features(*tower, dataset, tmp_path / "b", views=2, pooling="cls_mean"))
     np.testing.assert_allclose(again, expected, atol=4e-3, rtol=4e-3)
 

@@ -733,8 +733,11 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         if rows is None:
             rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
         rows = rows[:, : tokens.shape[1]].clamp(min=0)
-        steps = zip(outputs.logits, rows.T, tokens.T)
-        log_prob = torch.stack([logits[row, token] - logits.logsumexp(-1)[row] for logits, row, token in steps], 1)
+        log_prob = []
+        for logits, row, token in zip(outputs.logits, rows.T, tokens.T):
+            used, place = row.unique(return_inverse=True)  # candidates share what they begin with
+            log_prob.append(logits[used].log_softmax(-1)[place, token])
+        log_prob = torch.stack(log_prob, 1)
         return (log_prob * counted).sum(-1), counted.sum(-1)
 
     def _generate_reranked(self, encoding: ImageEncoding, **kwargs):
