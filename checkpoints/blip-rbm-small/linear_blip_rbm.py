@@ -190,9 +190,8 @@ def packing_pays(dtype: torch.dtype, threads: int, outputs: int = 3072, inputs: 
     def pays(rows: int) -> bool:
         some, times = (3, 9) if rows < 64 else (1, 5)  # reading the weights, or arithmetic, is what takes time
         products = lambda product, operands: lambda: [product(x[:rows], operand) for operand in operands[:some]]
-        return (
-            time_ratio(products(_product, packed), products(F.linear, weights), times) < 0.9
-        )  # or not worth its memory
+        ratio = time_ratio(products(_product, packed), products(F.linear, weights), times)
+        return ratio < 0.9  # else not worth its memory
 
     if not pays(12):
         return None
