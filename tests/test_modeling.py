@@ -110,8 +110,10 @@ def test_images_go_through_the_tower_a_few_at_a_time(tower, monkeypatch):
     tokens = image_tokens(model.vision_model, pixel_values)
     assert batches == [2, 2, 1]
     torch.testing.assert_close(tokens, vision_tokens(model.vision_model(pixel_values)), atol=1e-5, rtol=1e-4)
+    with torch.enable_grad():
+        image_tokens(model.vision_model, pixel_values)
     image_tokens(model.vision_model.train(), pixel_values)  # batch normalisation needs them all
-    assert batches == [2, 2, 1, 5, 5]
+    assert batches == [2, 2, 1, 5, 5, 5]
 
 
 @pytest.mark.parametrize("tower", TOWERS)

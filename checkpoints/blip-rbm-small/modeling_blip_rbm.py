@@ -100,8 +100,8 @@ def vision_tokens(outputs) -> torch.Tensor:
 
 def image_tokens(tower: nn.Module, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
     """(B, N, C) of images (B, 3, S, S) by a vision tower. On a CPU `IMAGES_AT_ONCE`, whose feature maps stay in its caches and in memory that
-    the process has already: 16 images take up to twice the time at once."""
-    whole = pixel_values.device.type != "cpu" or tower.training or is_traced()
+    the process has already: 16 images take up to twice the time at once. Not where gradients keep all feature maps anyway."""
+    whole = pixel_values.device.type != "cpu" or torch.is_grad_enabled() or tower.training or is_traced()
     pieces = [pixel_values] if whole else pixel_values.split(IMAGES_AT_ONCE)
     return torch.cat([vision_tokens(tower(some, **kwargs)) for some in pieces])
 
