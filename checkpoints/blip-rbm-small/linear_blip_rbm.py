@@ -171,13 +171,13 @@ class Packing(NamedTuple):
 
 
 @functools.lru_cache
-def packing_pays(dtype: torch.dtype, threads: int, outputs: int = 3072, inputs: int = 768) -> Optional[Packing]:
+def packing_pays(dtype: torch.dtype, threads: int) -> Optional[Packing]:
     """For how many rows packed weights are faster here: measured once, some 150 ms. None if not for 12, or where PyTorch has no such operators.
 
     Args:
         threads: of PyTorch, on which the answer depends.
-        outputs, inputs: of the weights, of which there are more than the caches hold, as in a decoder.
     """
+    outputs, inputs = 3072, 768  # of three weights, of which the caches hold no more than of a decoder's
     g = torch.Generator().manual_seed(0)  # of its own: a seeded run must not depend on whether this was measured before
     *weights, x = torch.rand(3 * outputs + 256, inputs, generator=g).sub_(0.5).to(dtype).split([*[outputs] * 3, 256])
     try:

@@ -29,6 +29,7 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteriaList,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
@@ -476,30 +477,19 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             # generate repeats it for every beam; with an ImageCache there is one of each image
             encoder_attention_mask = encoder_attention_mask[:: len(encoder_attention_mask) // len(image_embeds)]
 
-        records = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        text_config = self.config.text_config
-        recorded = any(getattr(text_config, name) if value is None else value for name, value in records.items())
-        if isinstance(past_key_values, ImageCache) and not (recorded or self.training):
-            states = decode(
-                self.text_decoder.bert, input_ids, past_key_values, attention_mask, position_ids, encoder_attention_mask
-            )
-            outputs = BlipRBMOutput(past_key_values=past_key_values)
-        else:
-            outputs = self.text_decoder.bert(
-                input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                encoder_hidden_states=image_embeds,
-                encoder_attention_mask=encoder_attention_mask,
-                past_key_values=past_key_values,
-                use_cache=use_cache if labels is None else False,
-                is_decoder=True,
-                return_dict=True,
-                **records,
-            )
-            states = outputs.last_hidden_state
+        outputs = self._text_states(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            encoder_hidden_states=image_embeds,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache if labels is None else False,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.text_decoder.cls(states[:, keep])
+        logits = self.text_decoder.cls(outputs.last_hidden_state[:, keep])
         if isinstance(past_key_values, ImageCache):
             logits = past_key_values.all_rows(logits)
         loss = None if labels is None else caption_loss(logits, labels, self.config.text_config.label_smoothing)
@@ -512,6 +502,20 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
         )
+
+    def _text_states(self, input_ids, **inputs) -> BaseModelOutputWithPastAndCrossAttentions:
+        """What the text decoder makes of tokens, given its inputs by BLIP's names: the lean way (`decode`, of the rows that the cache says are
+        left) if the image's keys and values are cached and nothing is to be recorded, else BLIP's own."""
+        cache, text_config = inputs["past_key_values"], self.config.text_config
+        recorded = any(
+            getattr(text_config, name) if inputs[name] is None else inputs[name]
+            for name in ("output_attentions", "output_hidden_states")
+        )
+        if not isinstance(cache, ImageCache) or recorded or self.training:
+            return self.text_decoder.bert(input_ids, **inputs, is_decoder=True, return_dict=True)
+        masks = inputs["attention_mask"], inputs["position_ids"], inputs["encoder_attention_mask"]
+        states = decode(self.text_decoder.bert, input_ids, cache, *masks)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states, past_key_values=cache)
 
     def _masked_labels(self, labels, attention_mask):
         ignored = labels == self.decoder_pad_token_id
