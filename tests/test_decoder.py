@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from modeling_blip_rbm import decoder_blip_rbm, modeling_blip_rbm
-from modeling_blip_rbm.decoder_blip_rbm import ImageCache, decode
+from modeling_blip_rbm.decoder_blip_rbm import IMAGES_AT_ONCE, ImageCache, decode
 from modeling_blip_rbm.modeling_blip_rbm import attention_by_blocks
 
 
@@ -211,3 +211,15 @@ def test_a_search_that_fails_leaves_nothing_behind(model, pixel_values):
         model.generate(pixel_values[:2], num_beams=3, logits_processor=[fail])
     assert torch.equal(model.generate(pixel_values, num_beams=3), expected)
     assert modeling_blip_rbm._searching.get() is None
+
+
+@torch.no_grad()
+def test_keys_and_values_of_more_images_than_are_computed_at_once(model):
+    """Each in one piece of memory, and the same as of every image alone."""
+    image_embeds = torch.randn(IMAGES_AT_ONCE + 3, 7, model.config.text_config.encoder_hidden_size)
+    cached = ImageCache(model.text_decoder, image_embeds).cross_attention_cache
+    for layer, of_layer in zip(model.text_decoder.bert.encoder.layer, cached.layers, strict=True):
+        alone = [layer.crossattention.self.keys_and_values(image) for image in image_embeds.split(1)]
+        for states, expected in zip((of_layer.keys, of_layer.values), zip(*alone)):
+            assert states.is_contiguous()
+            torch.testing.assert_close(states, torch.cat(expected))

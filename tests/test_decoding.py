@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from modeling_blip_rbm.decoding_blip_rbm import (
+    InverseTransformSampling,
     RBMGuidance,
     caption_similarity,
     consensus,
@@ -204,3 +205,22 @@ def test_causes_shift_the_words_that_they_favour(params):
     expected = 0.7 * (log_odds(causes) - log_odds(torch.sigmoid(a))).repeat_interleave(2, 0)
     expected[0, 1] = 0.0
     torch.testing.assert_close(bonus[:, WORD_IDS], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_inverse_transform_sampling_draws_from_the_softmax():
+    """In every row one token is left, as often as its probability, and never one that was ruled out, at either end or between."""
+    inf = float("inf")
+    scores = torch.tensor([[-inf, 0.0, 1.0, -inf, -1.0, 0.5, -inf], [2.0, 0.0, -inf, 0.0, 1.0, 0.0, 3.0]])
+    draws = 20_000
+    left = InverseTransformSampling()(None, scores.repeat_interleave(draws, 0))
+    assert torch.equal(left.exp().sum(-1), torch.ones(2 * draws))
+    share = left.exp().view(2, draws, -1).mean(1)
+    torch.testing.assert_close(share, scores.softmax(-1), atol=0.012, rtol=0)
+    assert (share[scores == -inf] == 0).all()
+
+
+@pytest.mark.parametrize("drawn, token", [(0.0, 2), (1 - 2**-24, 1)])
+def test_inverse_transform_sampling_at_the_ends_of_what_torch_rand_gives(drawn, token, monkeypatch):
+    scores = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]])
+    monkeypatch.setattr(torch, "rand", lambda *shape, device=None: torch.full(shape, drawn))
+    assert InverseTransformSampling()(None, scores).argmax(-1).item() == token

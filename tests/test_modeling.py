@@ -459,6 +459,20 @@ def test_rerank_returns_the_best_candidates_in_order(model, pixel_values):
     assert not torch.equal(best.indices[:, 0], torch.zeros(5, dtype=torch.long))  # it did choose otherwise somewhere
 
 
+def test_samples_are_drawn_by_one_number_a_row(model, pixel_values, monkeypatch):
+    """Samples do not go by `torch.multinomial`, have the temperature asked for, and differ; their scores are still to be had."""
+    monkeypatch.setattr(torch, "multinomial", None)
+    settings = {"do_sample": True, "rbm": False, "max_new_tokens": 7}
+    first, second = (model.generate(pixel_values, **settings, num_return_sequences=7) for _ in range(2))
+    assert not torch.equal(first, second)
+    cold = model.generate(pixel_values, **settings, temperature=1e-4)
+    assert_same_tokens(cold, model.generate(pixel_values, rbm=False, max_new_tokens=7))
+    monkeypatch.undo()
+    torch.manual_seed(1)
+    out = model.generate(pixel_values, **settings, return_dict_in_generate=True, output_scores=True)
+    assert all(torch.isfinite(scores).sum() > len(scores) for scores in out.scores)
+
+
 def test_rerank_of_samples(model, pixel_values):
     torch.manual_seed(1)
     out = model.generate(pixel_values, rbm_rerank=True, do_sample=True, num_return_sequences=3)

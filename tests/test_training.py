@@ -22,7 +22,6 @@ from training.metrics import CiderD
 from training.pairs import load_pairs
 from training.shrink_vocabulary import kept_tokens, shrink_captioner, shrink_tokenizer
 from training.train_captioner import (
-    GumbelNoise,
     MinimumRiskTrainer,
     PackedCaptioner,
     PackedCaptions,
@@ -143,15 +142,6 @@ def test_packed_loss_is_the_loss_of_single_captions(model, processor, pixel_valu
     weighted = [item | {"weights": [float(s + 1) for s in item["segments"]]} for item in items]
     expected = sum(n * loss.sum() for n, loss in zip((1, 2, 1, 2, 3), single)) / len(torch.cat(single))
     torch.testing.assert_close(captioner(**collate(weighted))["loss"], expected)
-
-
-def test_gumbel_noise_samples_from_the_softmax():
-    scores = torch.tensor([[0.0, 1.0, -1.0, 5.0, 0.5]]).expand(20_000, -1)
-    allowed = torch.tensor([0, 1, 2, 4])
-    drawn = GumbelNoise(allowed)(None, scores).argmax(-1)
-    share = torch.bincount(drawn, minlength=5) / len(drawn)
-    expected = torch.zeros(5).index_copy(0, allowed, scores[0, allowed].softmax(-1))
-    torch.testing.assert_close(share, expected, atol=0.012, rtol=0)
 
 
 def test_minimum_risk_makes_better_captions_likelier(model, processor, tmp_path):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -359,19 +359,9 @@ class CaptionTrainer(Trainer):
         return metrics
 
 
-class GumbelNoise(LogitsProcessor):
-    """Makes the most probable token a sample (the Gumbel-max trick), among the token ids `allowed`.
-
-    `multinomial` over a whole vocabulary takes longer than the decoder here.
-    """
-
-    def __init__(self, allowed: torch.Tensor, temperature: float = 1.0):
-        self.allowed, self.temperature = allowed, temperature
-
-    def __call__(self, input_ids, scores):
-        noisy = scores[:, self.allowed] / self.temperature
-        noisy -= torch.empty_like(noisy).exponential_().log_()
-        return torch.full_like(scores, float("-inf")).index_copy_(1, self.allowed, noisy)
+def other_tokens(tokens: torch.Tensor, vocab_size: int) -> list[int]:
+    """All token ids but these, as `suppress_tokens` of `generate`."""
+    return sorted(set(range(vocab_size)) - set(tokens.tolist()))
 
 
 class MinimumRiskTrainer(CaptionTrainer):
@@ -396,8 +386,8 @@ class MinimumRiskTrainer(CaptionTrainer):
         encoding = model.encode_image(vision_hidden_states=features, rbm=False)
         start = torch.full((len(features) * self.samples, 1), model.decoder_input_ids)
         sequences = model.generate(
-            encoding=encoding, input_ids=start, rbm=False, do_sample=False, num_beams=1,
-            max_new_tokens=self.generation["max_new_tokens"], logits_processor=[GumbelNoise(model.active)],
+            encoding=encoding, input_ids=start, rbm=False, do_sample=True, num_beams=1, top_k=0,
+            max_new_tokens=self.generation["max_new_tokens"], suppress_tokens=other_tokens(model.active, model.config.text_config.vocab_size),
         )  # fmt: skip
         model.train()
         sep = self.processor.tokenizer.sep_token_id

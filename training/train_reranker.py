@@ -33,7 +33,7 @@ from training.distributed import new_accelerator
 from training.evaluate_rbm import evaluate_rbm
 from training.features import load_features
 from training.metrics import CiderD
-from training.train_captioner import GumbelNoise, caption_tokens
+from training.train_captioner import caption_tokens, other_tokens
 from training.train_rbm import PooledPairs, RBMArguments, RBMObjective, prepared, train_epoch
 
 
@@ -59,14 +59,21 @@ class RerankerArguments(RBMArguments):
 def write_candidates(writer, processor, store, rows, active, args: RerankerArguments) -> dict[str, torch.Tensor]:
     """Sampled candidates of these rows: sequences (rows, n, T), log P per token and consensus (rows, n)."""
     n, batch_size, text = args.candidates, 32, writer.config.text_config
-    noise = GumbelNoise(active, args.temperature)
-    settings = {"num_beams": 1, "max_new_tokens": args.max_new_tokens, "rbm": False, "logits_processor": [noise]}
+    settings = {
+        "do_sample": True,
+        "num_beams": 1,
+        "top_k": 0,
+        "temperature": args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+        "suppress_tokens": other_tokens(active, text.vocab_size),
+        "rbm": False,
+    }
     parts = {"sequences": [], "log_prob": [], "consensus": []}
     for start in tqdm(range(0, len(rows), batch_size), desc=f"write {n} candidates for {len(rows)} images"):
         features = store.batch(rows[start : start + batch_size])
         encoding = writer.encode_image(vision_hidden_states=features, rbm=False)
         prompt = torch.full((len(features) * n, 1), text.bos_token_id)
-        sequences = writer.generate(encoding=encoding, input_ids=prompt, do_sample=False, **settings)
+        sequences = writer.generate(encoding=encoding, input_ids=prompt, **settings)
         log_prob, length = writer.score_captions(encoding, sequences)
         sequences = torch.nn.functional.pad(
             sequences, (0, args.max_new_tokens + 1 - sequences.shape[1]), value=text.pad_token_id

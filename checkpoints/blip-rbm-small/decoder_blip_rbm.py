@@ -18,6 +18,9 @@ from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 from .linear_blip_rbm import PackableLinear, join, prepared
 
 
+IMAGES_AT_ONCE = 4  # on a CPU, where all that lies between the layers is to stay in its caches
+
+
 class ImageCache(EncoderDecoderCache):
     """The decoder's cache with the image's keys and values computed once an image, and neither copied nor reordered with
     its beams: they are the same for all captions of an image.
@@ -40,7 +43,10 @@ class ImageCache(EncoderDecoderCache):
         self.image_embeds = image_embeds
         self.layers_of_decoder = [DecoderLayer(layer) for layer in text_decoder.bert.encoder.layer]
         for i, layer in enumerate(text_decoder.bert.encoder.layer):
-            self.cross_attention_cache.update(*layer.crossattention.self.keys_and_values(image_embeds), i)
+            keys, values = keys_and_values(layer.crossattention.self, image_embeds)
+            self.cross_attention_cache.update(keys[:, :, :0], values[:, :, :0], i)  # of all it would make another copy
+            cached = self.cross_attention_cache.layers[i]
+            cached.keys, cached.values = keys, values
             self.is_updated[i] = True
 
     def leave_out_finished(self):
@@ -96,6 +102,18 @@ class ImageCache(EncoderDecoderCache):
 def in_heads(states: torch.Tensor, attention: BlipTextSelfAttention) -> torch.Tensor:
     """(R, T, D) -> (R, heads, T, head size)."""
     return states.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+
+def keys_and_values(attention: "ImageCrossAttention", image_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As its method of this name, each in one piece of memory. On a CPU some images at a time, so that there is hardly more than these."""
+    images, tokens, _ = image_embeds.shape
+    shape = images, attention.num_attention_heads, tokens, attention.attention_head_size
+    keys, values = image_embeds.new_empty(shape), image_embeds.new_empty(shape)
+    at_once = IMAGES_AT_ONCE if image_embeds.device.type == "cpu" else images
+    for first in range(0, images, at_once):
+        some = slice(first, first + at_once)
+        keys[some], values[some] = attention.keys_and_values(image_embeds[some])
+    return keys, values
 
 
 class ImageCrossAttention(BlipTextSelfAttention):

@@ -104,6 +104,20 @@ class RBMGuidance(LogitsProcessor):
         return scores.index_add(1, self.word_ids, bonus.to(scores.dtype))
 
 
+class InverseTransformSampling(LogitsProcessor):
+    """Leaves of the scores (R, vocabulary) one token in each row, drawn from their softmax, so that greedy decoding samples.
+
+    It draws one number a row, where `torch.multinomial` on a CPU draws one for every token: 160 rows of BLIP's 30,522 take a fiftieth of the
+    time, which had been a third of all of it (docs/experiments.md)."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        cumulative = scores.softmax(-1).cumsum(-1)
+        # in (0, 1]: the first token up to which there is as much is never one of probability 0
+        drawn = (1 - torch.rand(len(scores), 1, device=scores.device)) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, drawn)
+        return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
+
+
 class ContextLimit(StoppingCriteria):
     """Ends every caption where the decoder's positions end, however many new tokens were asked for."""
 

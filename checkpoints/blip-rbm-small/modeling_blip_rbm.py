@@ -35,9 +35,10 @@ from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_blip_rbm import PHRASE_WEIGHTS, BlipRBMConfig
-from .decoder_blip_rbm import ImageCache, ImageCrossAttention, decode, plan_products
+from .decoder_blip_rbm import IMAGES_AT_ONCE, ImageCache, ImageCrossAttention, decode, plan_products
 from .decoding_blip_rbm import (
     ContextLimit,
+    InverseTransformSampling,
     RBMGuidance,
     caption_similarity,
     consensus,
@@ -58,7 +59,6 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 _searching = contextvars.ContextVar("the cache of the beam search that runs", default=None)  # of this thread
-IMAGES_AT_ONCE = 4  # through the vision tower, on a CPU
 WEIGHTS_OF_GAINS = {
     order: functools.partial(gain_weights, order=order) for order in ("first", "second")
 }  # each is made once
@@ -561,6 +561,14 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
+        """Transformers' own, which on a CPU draws tokens by `InverseTransformSampling`, unless their scores are asked for."""
+        if generation_config.do_sample and not generation_config.output_scores and input_ids.device.type == "cpu":
+            logits_processor = LogitsProcessorList([*logits_processor, InverseTransformSampling()])
+            generation_config = copy.copy(generation_config)
+            generation_config.do_sample = False
+        return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs)
 
     def _beam_search(self, *args, **kwargs):
         token = _searching.set(kwargs.get("past_key_values"))
