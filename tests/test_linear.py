@@ -273,6 +273,18 @@ def test_changed_weights_are_packed_anew(change):
         assert not torch.allclose(model(x), before)
 
 
+@pytest.mark.parametrize("shape", [(397, 401), (5, 397), (397, 2)])
+def test_a_change_of_one_row_or_column_is_seen(shape):
+    weight = torch.nn.Parameter(torch.randn(shape).bfloat16())
+    before = linear_blip_rbm._state([weight])
+    for part in (*weight.data, *weight.data.T):
+        kept = part.clone()
+        part += 0.25
+        assert linear_blip_rbm._state([weight]) != before
+        part.copy_(kept)
+    assert linear_blip_rbm._state([weight]) == before
+
+
 @torch.no_grad()
 def test_packed_once(monkeypatch):
     model, packed = new_model(), []

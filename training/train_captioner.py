@@ -385,9 +385,10 @@ class MinimumRiskTrainer(CaptionTrainer):
         model.eval()
         encoding = model.encode_image(vision_hidden_states=features, rbm=False)
         start = torch.full((len(features) * self.samples, 1), model.decoder_input_ids)
+        never_seen = other_tokens(model.active, model.config.text_config.vocab_size)
         sequences = model.generate(
             encoding=encoding, input_ids=start, rbm=False, do_sample=True, num_beams=1, top_k=0,
-            max_new_tokens=self.generation["max_new_tokens"], suppress_tokens=other_tokens(model.active, model.config.text_config.vocab_size),
+            max_new_tokens=self.generation["max_new_tokens"], suppress_tokens=never_seen,
         )  # fmt: skip
         model.train()
         sep = self.processor.tokenizer.sep_token_id

@@ -43,11 +43,23 @@ class ImageCache(EncoderDecoderCache):
         self.image_embeds = image_embeds
         self.layers_of_decoder = [DecoderLayer(layer) for layer in text_decoder.bert.encoder.layer]
         for i, layer in enumerate(text_decoder.bert.encoder.layer):
-            keys, values = keys_and_values(layer.crossattention.self, image_embeds)
-            self.cross_attention_cache.update(keys[:, :, :0], values[:, :, :0], i)  # of all it would make another copy
-            cached = self.cross_attention_cache.layers[i]
-            cached.keys, cached.values = keys, values
-            self.is_updated[i] = True
+            self._store_image(i, layer.crossattention.self)
+
+    def _store_image(self, number: int, attention: "ImageCrossAttention"):
+        """Keys and values of a layer's attention, on a CPU those of some images at a time into their places: hardly more memory than these take."""
+        images, tokens, _ = self.image_embeds.shape
+        shape = images, attention.num_attention_heads, tokens, attention.attention_head_size
+        keys, values = self.image_embeds.new_empty(shape), self.image_embeds.new_empty(shape)
+        at_once = IMAGES_AT_ONCE if self.image_embeds.device.type == "cpu" else images
+        for first in range(0, images, at_once):
+            some = slice(first, first + at_once)
+            keys[some], values[some] = attention.keys_and_values(self.image_embeds[some])
+        self.cross_attention_cache.update(
+            keys[:, :, :0], values[:, :, :0], number
+        )  # of all of them it would make a copy
+        layer = self.cross_attention_cache.layers[number]
+        layer.keys, layer.values = keys, values
+        self.is_updated[number] = True
 
     def leave_out_finished(self):
         """Keep images and their text that beam search goes on with. On a GPU, which would be waited for, all."""
@@ -102,18 +114,6 @@ class ImageCache(EncoderDecoderCache):
 def in_heads(states: torch.Tensor, attention: BlipTextSelfAttention) -> torch.Tensor:
     """(R, T, D) -> (R, heads, T, head size)."""
     return states.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-
-
-def keys_and_values(attention: "ImageCrossAttention", image_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As its method of this name, each in one piece of memory. On a CPU some images at a time, so that there is hardly more than these."""
-    images, tokens, _ = image_embeds.shape
-    shape = images, attention.num_attention_heads, tokens, attention.attention_head_size
-    keys, values = image_embeds.new_empty(shape), image_embeds.new_empty(shape)
-    at_once = IMAGES_AT_ONCE if image_embeds.device.type == "cpu" else images
-    for first in range(0, images, at_once):
-        some = slice(first, first + at_once)
-        keys[some], values[some] = attention.keys_and_values(image_embeds[some])
-    return keys, values
 
 
 class ImageCrossAttention(BlipTextSelfAttention):
