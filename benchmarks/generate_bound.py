@@ -23,7 +23,7 @@ from training.checkpoints import write_json
 
 
 KINDS = {  # of operations, by parts of their names
-    "linear layers": ("linear", "_int_mm"),
+    "linear layers": ("linear", "addmm", "aten::mm", "_int_mm"),
     "attention": ("bmm", "attention", "softmax"),
     "memory": ("copy_", "cat", "index_select", "empty", "clone"),
 }

@@ -132,14 +132,15 @@ def generate_table(speed: dict) -> str:
 
 
 def speed_block(processors: list[tuple[list[dict], dict]], folder: dict) -> str:
-    """Results of `benchmarks.generate`, with the same settings, and what they mean; how long a folder takes.
+    """Results of `benchmarks.generate`, with the same settings but the number of rounds, and what they mean; how long a folder takes.
 
     Args:
         processors: of each its results, and the bound.
     """
     settings = processors[0][0][0]["settings"]
+    rounds = " or ".join(map(str, sorted({speed["settings"]["pairs"] for speeds, _ in processors for speed in speeds})))
     meaning = (
-        f"{settings['threads']} threads, {settings['new_tokens']} new tokens, medians of {settings['pairs']} rounds in turn, each contender in a process of its own. Times stock: of the whole, "
+        f"{settings['threads']} threads, {settings['new_tokens']} new tokens, medians of {rounds} rounds in turn, each contender in a process of its own. Times stock: of the whole, "
         f"round by round, stock computing in the same precision (in brackets: in {settings['dtypes'][0]}; of the embedded model, whose tower stock BLIP "
         "has not: the same model with transformers' cache); * where tokens differ from stock's. Seconds and memory of BLIP and of BLIP-RBM with "
         "the RBM off; peak: of the process, above what it held before."
