@@ -29,7 +29,8 @@ class ImageCache(EncoderDecoderCache):
     the images, an image's rows adjacent.
 
     Beam search goes on until the last image of a batch is done, with rows of all of them. Those of images that are done are left out here,
-    a quarter of all rows in batches of 16 real images: whoever searches says by `going_on` (B, 1) for which images it does.
+    a quarter of all rows in batches of 16 real images: whoever searches says by `going_on` (n, 1) for which of n captions, an image's adjacent,
+    it does; an image goes on with any of its captions.
 
     Args:
         text_decoder: BLIP's. image_embeds (B, N, D).
@@ -66,7 +67,7 @@ class ImageCache(EncoderDecoderCache):
         if self.going_on is None or self.going_on.device.type != "cpu":
             return
         images = torch.arange(len(self.image_embeds)) if self.images is None else self.images
-        going_on = self.going_on[images, 0]
+        going_on = self.going_on.view(len(self.image_embeds), -1).any(1)[images]
         left = int(going_on.sum())
         if left in (0, len(images)):
             return

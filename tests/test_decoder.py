@@ -184,19 +184,32 @@ def test_images_that_beam_search_is_done_with_are_left_out(model, masked):
         torch.testing.assert_close(ours.all_rows(states), expected * left[:, None, None])
 
 
-@pytest.mark.parametrize("settings", [{"rbm": False}, {"rbm_guidance": 0.4, "rbm_rerank": True}, {"num_beams": 5}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rbm": False},
+        {"rbm_guidance": 0.4, "rbm_rerank": True},
+        {"num_beams": 5},
+        {"rbm_diversity": 0.8, "num_return_sequences": 3},  # several searches an image
+    ],
+)
 def test_captions_are_the_same_without_images_that_are_done(model, pixel_values, monkeypatch, settings):
     settings = {"num_beams": 3, "max_new_tokens": 19, "return_dict_in_generate": True} | settings
     with torch.no_grad():  # so that captions end, some sooner than others
         model.text_decoder.cls.predictions.decoder.bias[model.config.text_config.sep_token_id] += 4
     rows = []
+
+    def generate(**more):
+        torch.manual_seed(3)  # causes are sampled
+        return model.generate(pixel_values, **settings, **more)
+
     monkeypatch.setattr(modeling_blip_rbm, "decode", lambda *args: rows.append(len(states := decode(*args))) or states)
-    ours = model.generate(pixel_values, **settings)
+    ours = generate()
     assert min(rows[1:]) < max(rows[1:])
-    with_attentions = model.generate(pixel_values, output_attentions=True, **settings)  # BLIP's own way, of all rows
+    with_attentions = generate(output_attentions=True)  # BLIP's own way, of all rows
     monkeypatch.setattr(ImageCache, "leave_out_finished", lambda self: None)
     rows.clear()
-    whole = model.generate(pixel_values, **settings)
+    whole = generate()
     assert min(rows[1:]) == max(rows[1:])
     assert torch.equal(ours.sequences, whole.sequences) and torch.equal(with_attentions.sequences, whole.sequences)
     torch.testing.assert_close(ours.sequences_scores, whole.sequences_scores)
