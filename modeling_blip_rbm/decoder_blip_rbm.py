@@ -55,9 +55,8 @@ class ImageCache(EncoderDecoderCache):
         for first in range(0, images, at_once):
             some = slice(first, first + at_once)
             keys[some], values[some] = attention.keys_and_values(self.image_embeds[some])
-        self.cross_attention_cache.update(
-            keys[:, :, :0], values[:, :, :0], number
-        )  # of all of them it would make a copy
+        # of all of them `update` would make a copy
+        self.cross_attention_cache.update(keys[:, :, :0], values[:, :, :0], number)
         layer = self.cross_attention_cache.layers[number]
         layer.keys, layer.values = keys, values
         self.is_updated[number] = True

@@ -224,3 +224,11 @@ def test_inverse_transform_sampling_at_the_ends_of_what_torch_rand_gives(drawn, 
     scores = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]])
     monkeypatch.setattr(torch, "rand", lambda *shape, device=None: torch.full(shape, drawn))
     assert InverseTransformSampling()(None, scores).argmax(-1).item() == token
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_inverse_transform_sampling_of_nothing(bad):
+    scores = torch.zeros(3, 5)
+    scores[1] = bad
+    with pytest.raises(ValueError, match="nothing to sample from"):
+        InverseTransformSampling()(None, scores)

@@ -108,10 +108,19 @@ class InverseTransformSampling(LogitsProcessor):
     """Leaves of the scores (R, vocabulary) one token in each row, drawn from their softmax, so that greedy decoding samples.
 
     It draws one number a row, where `torch.multinomial` on a CPU draws one for every token: 160 rows of BLIP's 30,522 take a fiftieth of the
-    time, which had been a third of all of it (docs/experiments.md)."""
+    time, which had been a third of all of it (docs/experiments.md).
+
+    Raises:
+        ValueError: if there are scores that are no numbers, or a row without a token that is left.
+    """
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         cumulative = scores.softmax(-1).cumsum(-1)
+        if cumulative[:, -1].isnan().any():
+            raise ValueError(
+                "there is nothing to sample from: the next token's scores have NaN, or rule out every token. Look at the model's weights, "
+                "and at what the logits processors leave"
+            )
         # in (0, 1]: the first token up to which there is as much is never one of probability 0
         drawn = (1 - torch.rand(len(scores), 1, device=scores.device)) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, drawn)
