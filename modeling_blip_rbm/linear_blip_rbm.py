@@ -201,7 +201,8 @@ def packing_pays(dtype: torch.dtype, threads: int) -> Optional[Packing]:
 
 def _state(weights) -> list[tuple]:
     """Differs if one of the weights (O, I) has changed. `weight.data` can change behind the back of PyTorch's counter, so that numbers are looked
-    at: of large weights some in every row and every column, as all of them would take a twentieth of the time of a caption."""
+    at: of large weights some in every row and every column, as all of them would take a twentieth of the time of a caption. So single numbers that
+    are changed through `weight.data` may go unseen."""
     version = lambda w: 0 if w.is_inference() else w._version
     step = lambda w: SAMPLED if min(w.shape) > SAMPLED else 1
     some = lambda w: w.detach().flatten()[:: step(w)].sum(dtype=torch.float64).item()
