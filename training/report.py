@@ -149,7 +149,8 @@ def speed_block(processors: list[tuple[list[dict], dict]], folder: dict) -> str:
     for speeds, bound in processors:
         name = speeds[0]["settings"].get(
             "processor",
-            "A processor with AVX512 and without AMX, whose name was not recorded, before the tower took four images at a time",
+            "A processor with AVX512 and without AMX, whose name was not recorded, before the tower took four images at a time and samples were drawn "
+            "by one number a row",
         )
         parts += [f"{name}:", *map(generate_table, speeds), bound_line(bound)]
     return "\n\n".join([*parts, folder_line(folder)])

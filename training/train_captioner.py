@@ -16,6 +16,7 @@ the other samples as the baseline, Luo 2020, arXiv 2003.09971).
 """
 
 import copy
+import functools
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -379,16 +380,19 @@ class MinimumRiskTrainer(CaptionTrainer):
         self.rewards = []  # since the last log
         self.model_accepts_loss_kwargs = False  # the batch's own labels are not what is trained on
 
+    @functools.cached_property
+    def never_seen(self) -> list[int]:
+        return other_tokens(self.model.active, self.model.config.text_config.vocab_size)
+
     @torch.no_grad()
     def sample(self, model, features) -> list[list[list[int]]]:
         """Token ids [DEC] w1 ... wn [SEP] of `samples` captions of each image."""
         model.eval()
         encoding = model.encode_image(vision_hidden_states=features, rbm=False)
         start = torch.full((len(features) * self.samples, 1), model.decoder_input_ids)
-        never_seen = other_tokens(model.active, model.config.text_config.vocab_size)
         sequences = model.generate(
             encoding=encoding, input_ids=start, rbm=False, do_sample=True, num_beams=1, top_k=0,
-            max_new_tokens=self.generation["max_new_tokens"], suppress_tokens=never_seen,
+            max_new_tokens=self.generation["max_new_tokens"], suppress_tokens=self.never_seen,
         )  # fmt: skip
         model.train()
         sep = self.processor.tokenizer.sep_token_id

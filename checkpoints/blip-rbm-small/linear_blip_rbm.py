@@ -200,13 +200,15 @@ def packing_pays(dtype: torch.dtype, threads: int) -> Optional[Packing]:
 
 
 def _state(weights) -> list[tuple]:
-    """Differs if one of the weights (O, I) has changed. `weight.data` can change behind the back of PyTorch's counter, so that numbers are looked
-    at: of large weights some in every row and every column, as all of them would take a twentieth of the time of a caption. So single numbers that
-    are changed through `weight.data` may go unseen."""
-    version = lambda w: 0 if w.is_inference() else w._version
-    step = lambda w: SAMPLED if min(w.shape) > SAMPLED else 1
-    some = lambda w: w.detach().flatten()[:: step(w)].sum(dtype=torch.float64).item()
-    return [(w.data_ptr(), version(w), w.dtype, some(w)) for w in weights]
+    """Differs if one of the weights (O, I) has changed. PyTorch counts changes, but not those through `weight.data`: so numbers are looked at."""
+    return [(w.data_ptr(), 0 if w.is_inference() else w._version, w.dtype, _sum_of_some(w)) for w in weights]
+
+
+def _sum_of_some(weight: torch.Tensor) -> float:
+    """Of a large weight some numbers in every row and every column, as all of them would take a twentieth of the time of a caption. So single
+    numbers that are changed through `weight.data` may go unseen."""
+    step = SAMPLED if min(weight.shape) > SAMPLED else 1
+    return weight.detach().flatten()[::step].sum(dtype=torch.float64).item()
 
 
 def product_with(module: nn.Module, source: torch.Tensor, weight_of: Callable):
