@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
+from modeling_blip_rbm.configuration_blip_rbm import TOWERS_WITH_CLS
 from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
+from modeling_blip_rbm.towers_blip_rbm import TwoTowers
 from training.align import load_image_layer
 from training.checkpoints import save_captioner
 from training.encoders import load_image_processor, states_of_blank
@@ -32,10 +34,13 @@ def build_tokenizer(text: str):
 
 
 def load_tower(vision: str):
-    """A vision model by folder or Hub id; `NAME@10`: its first 10 layers. Those of a tower that was tuned for something else may say more
-    of an image than the last (the alignment study in README.md tells)."""
+    """A vision model by folder or Hub id, or the tower of a BLIP-RBM; `NAME@10`: its first 10 layers. Those of a tower that was tuned for
+    something else may say more of an image than the last (the alignment study in README.md tells)."""
     name, _, layers = vision.partition("@")
     config = AutoConfig.from_pretrained(name)
+    if config.model_type == BlipRBMConfig.model_type:
+        model = BlipRBMForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
+        return model.vision_model, load_image_processor(name)
     if layers:
         settings = config.to_dict() | {"num_hidden_layers": int(layers)}
         for derived in ("stage_names", "out_features", "out_indices"):  # of backbones, by the number of layers
@@ -43,6 +48,36 @@ def load_tower(vision: str):
         config = type(config)(**settings)
     tower = AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
     return tower, load_image_processor(name)
+
+
+@torch.no_grad()
+def at_image_size(tower, size: int):
+    """A copy of a vision transformer for images of this size, its position embeddings interpolated once and for all.
+
+    Raises:
+        ValueError: if it has none that transformers can interpolate, or its patches do not fill the image.
+    """
+    patch, embeddings = getattr(tower.config, "patch_size", None), getattr(tower, "embeddings", None)
+    if not hasattr(embeddings, "interpolate_pos_encoding") or size % patch:
+        raise ValueError(
+            f"a {tower.config.model_type!r} tower cannot be made one for images of {size} pixels: "
+            + (f"choose a multiple of {patch}" if patch else "leave --second_size out")
+        )
+    tokens = torch.zeros(1, 1 + (size // patch) ** 2, tower.config.hidden_size)
+    positions = embeddings.interpolate_pos_encoding(tokens, size, size)
+    smaller = AutoModel.from_config(type(tower.config)(**tower.config.to_dict() | {"image_size": size}))
+    smaller.load_state_dict(tower.state_dict() | {"embeddings.position_embeddings": positions})
+    return smaller
+
+
+def side_by_side(first, first_processor, second: str, size: int | None = None) -> TwoTowers:
+    """The tower, and another beside it by folder or Hub id, which is to see images of this size."""
+    tower, processor = load_tower(second)
+    tower = tower if size in (None, tower.config.image_size) else at_image_size(tower, size)
+    towers = TwoTowers(first, tower, has_cls=tower.config.model_type in TOWERS_WITH_CLS)
+    statistics = [values for p in (first_processor, processor) for values in (p.image_mean, p.image_std)]
+    towers.set_statistics(*statistics)
+    return towers
 
 
 def shape_of_tokens(tower, image_processor) -> dict[str, int]:
@@ -118,22 +153,29 @@ def _start_decoder_from_bert(decoder, bert: dict):
 
 
 @torch.no_grad()
-def with_decoder_of(captioner: str, vision: str, aligned: str | None = None):
+def with_decoder_of(
+    captioner: str, vision: str, aligned: str | None = None, second: str | None = None, second_size: int | None = None
+):
     """A trained captioner's decoder on another tower, the projector untrained, cross-attention a copy of self-attention again.
 
     Args:
         captioner: folder or Hub id of a BLIP-RBM.
+        second: folder or Hub id of a second vision model beside the first (`side_by_side`), for images of `second_size`.
         aligned: output of `training.align`: the projector takes tokens of its width, not of the tower's. Such a model captions cached
             tokens (`train_captioner --aligned`), not pixels.
     """
     trained = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32)
     tower, image_processor = load_tower(vision)
     words = trained.config.text_config.to_dict()
+    configs = {"vision_config": tower.config}
+    if second is not None:
+        tower = side_by_side(tower, image_processor, second, second_size)
+        configs["second_vision_config"] = tower.second.config
     shape = shape_of_tokens(tower, image_processor)
     if aligned is not None:
         layer = load_image_layer(aligned)
         shape["vision_hidden_size"] = layer(torch.zeros(1, len(layer[0].weight))).shape[1]
-    model = BlipRBMForConditionalGeneration(BlipRBMConfig(vision_config=tower.config, text_config=words, **shape))
+    model = BlipRBMForConditionalGeneration(BlipRBMConfig(text_config=words, **configs, **shape))
     model.vision_model.load_state_dict(tower.state_dict())
     model.text_decoder.load_state_dict(trained.text_decoder.state_dict())
     for block in model.text_decoder.bert.encoder.layer:
@@ -151,14 +193,22 @@ def main():
     language.add_argument("--text", help="folder or Hub id of a BERT-type text encoder")
     language.add_argument("--decoder", help="folder or Hub id of a trained captioner, in the place of --text")
     parser.add_argument("--aligned", help="output of training.align; with --decoder")
+    parser.add_argument("--second", help="folder or Hub id of a vision model beside the first; with --decoder")
+    parser.add_argument(
+        "--second_size", type=int, help="pixels of the images that it sees, a multiple of its patches' (default: its own)"
+    )
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     if args.aligned and not args.decoder:
         parser.error("--aligned needs --decoder: the captioner whose words the new one begins with")
+    if args.second and not args.decoder:
+        parser.error("--second needs --decoder: the captioner whose words the new one begins with")
+    if args.second_size and not args.second:
+        parser.error("--second_size needs --second, the vision model whose images are to be of that size")
     if args.decoder:
-        model, processor = with_decoder_of(args.decoder, args.vision, args.aligned)
+        model, processor = with_decoder_of(args.decoder, args.vision, args.aligned, args.second, args.second_size)
     else:
         model, processor = build_captioner(args.vision, args.text)
     save_captioner(model, processor, args.output_dir)
