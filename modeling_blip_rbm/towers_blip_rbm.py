@@ -51,4 +51,6 @@ class TwoTowers(nn.Module):
             states = patches.transpose(1, 2).unflatten(-1, (side, side))
             whole = [cls[:, :, None, None].expand(-1, -1, *grid.shape[2:])]
         there = F.adaptive_avg_pool2d(states, grid.shape[2:])
-        return BaseModelOutput(last_hidden_state=torch.cat([grid, *(part.to(grid.dtype) for part in (there, *whole))], 1))
+        return BaseModelOutput(
+            last_hidden_state=torch.cat([grid, *(part.to(grid.dtype) for part in (there, *whole))], 1)
+        )

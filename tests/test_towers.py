@@ -74,7 +74,10 @@ def test_a_captioner_of_two_towers_saved_and_loaded(tmp_path):
     torch.testing.assert_close(loaded.vision_model.shift, model.vision_model.shift)
     expected = model.encode_image(pixel_values).image_embeds
     torch.testing.assert_close(loaded.encode_image(pixel_values).image_embeds, expected, atol=1e-5, rtol=1e-4)
-    assert loaded.generate(pixel_values, max_new_tokens=5).tolist() == model.generate(pixel_values, max_new_tokens=5).tolist()
+    assert (
+        loaded.generate(pixel_values, max_new_tokens=5).tolist()
+        == model.generate(pixel_values, max_new_tokens=5).tolist()
+    )
     # folded and in half precision as well
     half = loaded.to(torch.bfloat16).optimize_for_inference()
     torch.testing.assert_close(half.encode_image(pixel_values).image_embeds.float(), expected, atol=0.1, rtol=0.1)
@@ -114,4 +117,6 @@ def test_the_stage_builds_a_captioner_of_two_towers(towers, tmp_path):
     scale = torch.tensor([0.5 / std for std in dinov2.image_std])
     torch.testing.assert_close(two.vision_model.scale[:, 0, 0], scale)
     with pytest.raises(SystemExit):
-        in_process("build_captioner", "--vision", "first", "--text", towers / "text", *both, "--output_dir", "x", cwd=tmp_path)
+        in_process(
+            "build_captioner", "--vision", "first", "--text", towers / "text", *both, "--output_dir", "x", cwd=tmp_path
+        )

@@ -195,7 +195,9 @@ def main():
     parser.add_argument("--aligned", help="output of training.align; with --decoder")
     parser.add_argument("--second", help="folder or Hub id of a vision model beside the first; with --decoder")
     parser.add_argument(
-        "--second_size", type=int, help="pixels of the images that it sees, a multiple of its patches' (default: its own)"
+        "--second_size",
+        type=int,
+        help="pixels of the images that it sees, a multiple of its patches' (default: its own)",
     )
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seed", type=int, default=0)

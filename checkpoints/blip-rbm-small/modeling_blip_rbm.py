@@ -34,7 +34,7 @@ from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionMode
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .configuration_blip_rbm import PHRASE_WEIGHTS, BlipRBMConfig
+from .configuration_blip_rbm import PHRASE_WEIGHTS, TOWERS_WITH_CLS, BlipRBMConfig
 from .decoder_blip_rbm import IMAGES_AT_ONCE, ImageCache, ImageCrossAttention, decode, plan_products
 from .decoding_blip_rbm import (
     ContextLimit,
@@ -49,6 +49,7 @@ from .decoding_blip_rbm import (
 from .linear_blip_rbm import is_traced, make_packable, product_with, time_ratio, with_packed_linears
 from .phrases_blip_rbm import PhraseBlock
 from .rbm import JointRBM, bernoulli, gain_weights, pointwise_mutual_information, word_gains
+from .towers_blip_rbm import TwoTowers
 
 
 try:  # transformers 5: initialises only what a checkpoint did not give
@@ -247,9 +248,16 @@ def _tower_output_shape(config) -> tuple[int, int]:
     size = getattr(config.vision_config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     with torch.device("meta"):
-        tower = AutoModel.from_config(config.vision_config).eval()
+        tower = _tower_of_any_kind(config).eval()
         channels = getattr(config.vision_config, "num_channels", 3)
         return tuple(vision_tokens(tower(pixel_values=torch.zeros(1, channels, height, width))).shape[1:])
+
+
+def _tower_of_any_kind(config) -> nn.Module:
+    tower, second = AutoModel.from_config(config.vision_config), config.second_vision_config
+    if second is None:
+        return tower
+    return TwoTowers(tower, AutoModel.from_config(second), has_cls=second.model_type in TOWERS_WITH_CLS)
 
 
 def new_vision_tower(config) -> nn.Module:
@@ -257,7 +265,7 @@ def new_vision_tower(config) -> nn.Module:
     if not config.has_blip_tower:
         if config.num_image_tokens is None or config.vision_hidden_size is None:
             config.num_image_tokens, config.vision_hidden_size = _tower_output_shape(config)
-        return AutoModel.from_config(config.vision_config)
+        return _tower_of_any_kind(config)
     config.vision_config._attn_implementation = "eager"
     tower = BlipVisionModel(config.vision_config)
     for layer in tower.encoder.layers:
