@@ -34,7 +34,7 @@ from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionMode
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .configuration_blip_rbm import PHRASE_WEIGHTS, TOWERS_WITH_CLS, BlipRBMConfig
+from .configuration_blip_rbm import PHRASE_WEIGHTS, BlipRBMConfig
 from .decoder_blip_rbm import IMAGES_AT_ONCE, ImageCache, ImageCrossAttention, decode, plan_products
 from .decoding_blip_rbm import (
     ContextLimit,
@@ -254,10 +254,10 @@ def _tower_output_shape(config) -> tuple[int, int]:
 
 
 def _tower_of_any_kind(config) -> nn.Module:
-    tower, second = AutoModel.from_config(config.vision_config), config.second_vision_config
-    if second is None:
+    tower = AutoModel.from_config(config.vision_config)
+    if config.second_vision_config is None:
         return tower
-    return TwoTowers(tower, AutoModel.from_config(second), has_cls=second.model_type in TOWERS_WITH_CLS)
+    return TwoTowers(tower, AutoModel.from_config(config.second_vision_config))
 
 
 def new_vision_tower(config) -> nn.Module:

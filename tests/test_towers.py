@@ -13,7 +13,7 @@ from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from modeling_blip_rbm.towers_blip_rbm import TwoTowers
 from tests.conftest import randomise, tiny_config
 from tests.stages import in_process
-from training.build_captioner import at_image_size
+from training.build_captioner import at_image_size, load_tower
 
 
 EFFICIENTNET = EfficientNetConfig(
@@ -27,7 +27,8 @@ class Grid(nn.Module):
 
     def __init__(self, side: int, image_size: int, has_cls: bool = False):
         super().__init__()
-        self.side, self.has_cls, self.config = side, has_cls, SimpleNamespace(image_size=image_size)
+        self.side, self.has_cls = side, has_cls
+        self.config = SimpleNamespace(image_size=image_size, model_type="vit" if has_cls else "resnet")
 
     def forward(self, pixel_values):
         self.seen = pixel_values
@@ -40,7 +41,7 @@ class Grid(nn.Module):
 
 @pytest.mark.parametrize("has_cls", [True, False])
 def test_the_second_sees_the_same_places_in_its_own_colours(has_cls):
-    towers = TwoTowers(Grid(5, 70), Grid(10, 40, has_cls), has_cls)
+    towers = TwoTowers(Grid(5, 70), Grid(10, 40, has_cls))
     first, second = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.5)), ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     towers.set_statistics(*first, *second)
     # a picture that does not change when it is made smaller: blocks of 14 pixels become blocks of 8
@@ -67,8 +68,6 @@ def test_a_captioner_of_two_towers_saved_and_loaded(tmp_path):
     assert model.config.vision_hidden_size == 384 + 2 * 22 and model.config.rbm_visible_size == 384 + 2 * 22
     model.vision_model.set_statistics([0.5] * 3, [0.5] * 3, [0.4] * 3, [0.2] * 3)
     pixel_values = torch.randn(3, 3, 65, 65)
-    without = model.vision_model.second.config.image_size
-    assert without == 28
     model.save_pretrained(tmp_path)
     loaded = BlipRBMForConditionalGeneration.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded.vision_model.shift, model.vision_model.shift)
@@ -96,8 +95,10 @@ def test_a_tower_for_smaller_images_says_the_same(towers):
     smaller = at_image_size(tower, 21).eval()
     assert smaller.config.image_size == 21 and smaller.embeddings.position_embeddings.shape[1] == 1 + 3 * 3
     torch.testing.assert_close(smaller(small).last_hidden_state, expected)
-    with pytest.raises(ValueError, match="choose a multiple of 7"):
+    with pytest.raises(ValueError, match="patches of 7: choose a multiple"):
         at_image_size(tower, 20)
+    with pytest.raises(ValueError, match="'efficientnet' tower has no positions"):
+        at_image_size(EfficientNetModel(EFFICIENTNET), 21)
 
 
 def test_the_stage_builds_a_captioner_of_two_towers(towers, tmp_path):
@@ -116,6 +117,9 @@ def test_the_stage_builds_a_captioner_of_two_towers(towers, tmp_path):
     dinov2 = BlipImageProcessor.from_pretrained(towers / "vision")
     scale = torch.tensor([0.5 / std for std in dinov2.image_std])
     torch.testing.assert_close(two.vision_model.scale[:, 0, 0], scale)
+    for vision, wrong in (("two", "has two towers side by side"), ("one@1", "only taken whole: give .*one")):
+        with pytest.raises(ValueError, match=wrong):
+            load_tower(str(tmp_path / vision))
     with pytest.raises(SystemExit):
         in_process(
             "build_captioner", "--vision", "first", "--text", towers / "text", *both, "--output_dir", "x", cwd=tmp_path

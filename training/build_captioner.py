@@ -11,18 +11,18 @@ are expected to have gone through an alignment layer: what SAIL's last claim is 
 """
 
 import argparse
+import copy
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.configuration_blip_rbm import TOWERS_WITH_CLS
 from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
 from modeling_blip_rbm.towers_blip_rbm import TwoTowers
 from training.align import load_image_layer
 from training.checkpoints import save_captioner
-from training.encoders import load_image_processor, states_of_blank
+from training.encoders import load_image_processor, load_vision_model, states_of_blank
 
 
 def build_tokenizer(text: str):
@@ -35,19 +35,27 @@ def build_tokenizer(text: str):
 
 def load_tower(vision: str):
     """A vision model by folder or Hub id, or the tower of a BLIP-RBM; `NAME@10`: its first 10 layers. Those of a tower that was tuned for
-    something else may say more of an image than the last (the alignment study in README.md tells)."""
+    something else may say more of an image than the last (the alignment study in README.md tells).
+
+    Raises:
+        ValueError: for the first layers of a BLIP-RBM, or one that has two towers.
+    """
     name, _, layers = vision.partition("@")
+    if not layers:
+        tower = load_vision_model(name)
+        if isinstance(tower, TwoTowers):
+            raise ValueError(f"{name} has two towers side by side: give a model of one, and the other as --second")
+        return tower, load_image_processor(name)
     config = AutoConfig.from_pretrained(name)
     if config.model_type == BlipRBMConfig.model_type:
-        model = BlipRBMForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
-        return model.vision_model, load_image_processor(name)
-    if layers:
-        settings = config.to_dict() | {"num_hidden_layers": int(layers)}
-        for derived in ("stage_names", "out_features", "out_indices"):  # of backbones, by the number of layers
-            settings.pop(derived, None)
-        config = type(config)(**settings)
-    tower = AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
-    return tower, load_image_processor(name)
+        raise ValueError(
+            f"{vision} asks for the first layers of a BLIP-RBM, whose tower is only taken whole: give {name}"
+        )
+    settings = config.to_dict() | {"num_hidden_layers": int(layers)}
+    for derived in ("stage_names", "out_features", "out_indices"):  # of backbones, by the number of layers
+        settings.pop(derived, None)
+    config = type(config)(**settings)
+    return AutoModel.from_pretrained(name, config=config, dtype=torch.float32), load_image_processor(name)
 
 
 @torch.no_grad()
@@ -57,15 +65,15 @@ def at_image_size(tower, size: int):
     Raises:
         ValueError: if it has none that transformers can interpolate, or its patches do not fill the image.
     """
-    patch, embeddings = getattr(tower.config, "patch_size", None), getattr(tower, "embeddings", None)
-    if not hasattr(embeddings, "interpolate_pos_encoding") or size % patch:
-        raise ValueError(
-            f"a {tower.config.model_type!r} tower cannot be made one for images of {size} pixels: "
-            + (f"choose a multiple of {patch}" if patch else "leave --second_size out")
-        )
-    tokens = torch.zeros(1, 1 + (size // patch) ** 2, tower.config.hidden_size)
+    config, embeddings = copy.deepcopy(tower.config), getattr(tower, "embeddings", None)
+    if not hasattr(embeddings, "interpolate_pos_encoding"):
+        raise ValueError(f"a {config.model_type!r} tower has no positions to interpolate: leave --second_size out")
+    if size % config.patch_size:
+        raise ValueError(f"images of {size} pixels are not filled by patches of {config.patch_size}: choose a multiple")
+    tokens = torch.zeros(1, 1 + (size // config.patch_size) ** 2, config.hidden_size)
     positions = embeddings.interpolate_pos_encoding(tokens, size, size)
-    smaller = AutoModel.from_config(type(tower.config)(**tower.config.to_dict() | {"image_size": size}))
+    config.image_size = size
+    smaller = AutoModel.from_config(config)
     smaller.load_state_dict(tower.state_dict() | {"embeddings.position_embeddings": positions})
     return smaller
 
@@ -74,9 +82,10 @@ def side_by_side(first, first_processor, second: str, size: int | None = None) -
     """The tower, and another beside it by folder or Hub id, which is to see images of this size."""
     tower, processor = load_tower(second)
     tower = tower if size in (None, tower.config.image_size) else at_image_size(tower, size)
-    towers = TwoTowers(first, tower, has_cls=tower.config.model_type in TOWERS_WITH_CLS)
-    statistics = [values for p in (first_processor, processor) for values in (p.image_mean, p.image_std)]
-    towers.set_statistics(*statistics)
+    towers = TwoTowers(first, tower)
+    towers.set_statistics(
+        first_processor.image_mean, first_processor.image_std, processor.image_mean, processor.image_std
+    )
     return towers
 
 
@@ -207,6 +216,8 @@ def main():
         parser.error("--aligned needs --decoder: the captioner whose words the new one begins with")
     if args.second and not args.decoder:
         parser.error("--second needs --decoder: the captioner whose words the new one begins with")
+    if args.second and args.aligned:
+        parser.error("--second and --aligned exclude each other: the alignment layer is one of a single tower")
     if args.second_size and not args.second:
         parser.error("--second_size needs --second, the vision model whose images are to be of that size")
     if args.decoder:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration
+from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration
 from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
 from training.checkpoints import write_array
 from training.features import cache_features, tower_fingerprint
@@ -26,6 +26,13 @@ def load_image_processor(name: str):
     if getattr(processor, "do_center_crop", False):
         processor.size, processor.do_center_crop = dict(processor.crop_size), False
     return processor
+
+
+def load_vision_model(name: str):
+    """A vision model by folder or Hub id, or the tower of a BLIP-RBM."""
+    if AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == BlipRBMConfig.model_type:
+        return BlipRBMForConditionalGeneration.from_pretrained(name, dtype=torch.float32).vision_model
+    return AutoModel.from_pretrained(name, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -63,11 +70,7 @@ class VisionEncoder:
     def __init__(self, spec: str):
         name, _, layers = spec.partition("@")
         self.name = Path(name).name
-        if AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == "blip_rbm":
-            self.tower = BlipRBMForConditionalGeneration.from_pretrained(name).vision_model
-        else:
-            self.tower = AutoModel.from_pretrained(name, dtype=torch.float32)
-        self.image_processor = load_image_processor(name)
+        self.tower, self.image_processor = load_vision_model(name), load_image_processor(name)
         wanted = [int(layer) for layer in layers.split(",")] if layers else []
         if wanted:
             self.tower = LayersOfTower(self.tower, wanted)

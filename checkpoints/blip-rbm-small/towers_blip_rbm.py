@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from .configuration_blip_rbm import TOWERS_WITH_CLS
+
 
 class TwoTowers(nn.Module):
     """A tower that gives a feature map and, at each of its places, what a second tower says there and of the whole image.
@@ -18,15 +20,16 @@ class TwoTowers(nn.Module):
 
     Args:
         first: gives `last_hidden_state` (B, C1, h, w).
-        second: gives `last_hidden_state` (B, C2, h2, w2), or with `has_cls` (B, 1 + h2 * h2, C2), for images of its config's `image_size`.
+        second: gives `last_hidden_state` (B, C2, h2, w2), or with a CLS token (B, 1 + h2 * h2, C2), for images of its config's `image_size`.
 
     Attributes:
         scale, shift (3, 1, 1): from the first one's pixel values to the second one's; part of the weights.
     """
 
-    def __init__(self, first: nn.Module, second: nn.Module, has_cls: bool):
+    def __init__(self, first: nn.Module, second: nn.Module):
         super().__init__()
-        self.first, self.second, self.has_cls = first, second, has_cls
+        self.first, self.second = first, second
+        self.has_cls = second.config.model_type in TOWERS_WITH_CLS
         self.register_buffer("scale", torch.ones(3, 1, 1))
         self.register_buffer("shift", torch.zeros(3, 1, 1))
 
