@@ -1,6 +1,7 @@
 """The stages one after the other, on drawn images with a tiny tower and a tiny BERT."""
 
 import json
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -71,6 +72,18 @@ def test_minimum_risk(work, data):
         "train_captioner", *risk, "--logging_steps", 3, "--ema_decay", 0.5, "--learning_rate", 1e-4, cwd=work
     )
     assert "sampled_cider" in out and (work / "risk" / "best" / "config.json").exists()
+
+
+def test_the_record_goes_with_the_weights(work):
+    """A mean of two runs took the minutes of both; what is built on it goes on from it."""
+    runs = ("captioner/best", "captioner/last", "again/best")
+    shutil.copytree(work / "captioner", work / "again")
+    in_process("average_captioners", *runs, "--output_dir", "mean", cwd=work)
+    one, mean = (json.loads((work / name / "captioner.json").read_text()) for name in ("captioner", "mean"))
+    assert mean["minutes"] == 2 * one["minutes"] and mean["average_of"] == list(runs)
+    build = ["--decoder", "mean/best", "--vision", "mean/best", "--output_dir", "built"]
+    in_process("build_captioner", *build, cwd=work)
+    assert json.loads((work / "built" / "captioner.json").read_text()) == mean
 
 
 def test_rbm_learns_the_colours(work, data, pairs):

@@ -6,13 +6,12 @@ One model comes out, as fast as each that went in.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.checkpoints import save_captioner, write_json
+from training.checkpoints import record_of_training, save_captioner, write_json
 
 
 def average(models: list) -> dict[str, torch.Tensor]:
@@ -42,8 +41,9 @@ def main():
     models[0].load_state_dict(average(models))
     output = Path(args.output_dir)
     save_captioner(models[0], BlipRBMProcessor.from_pretrained(args.models[0]), output / "best")
-    earlier = Path(args.models[0]).parent / "captioner.json"
-    report = json.loads(earlier.read_text()) if earlier.exists() else {}
+    runs = dict.fromkeys(Path(name).parent for name in args.models)  # `best` and `last` are of one
+    records = [record for record in map(record_of_training, runs) if record]
+    report = records[0] | {"minutes": sum(record["minutes"] for record in records)} if records else {}
     write_json(output / "captioner.json", report | {"average_of": args.models})
 
 

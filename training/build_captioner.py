@@ -12,6 +12,7 @@ are expected to have gone through an alignment layer: what SAIL's last claim is 
 
 import argparse
 import copy
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -21,7 +22,7 @@ from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, Bl
 from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
 from modeling_blip_rbm.towers_blip_rbm import TwoTowers
 from training.align import load_image_layer
-from training.checkpoints import save_captioner
+from training.checkpoints import record_of_training, save_captioner, write_json
 from training.encoders import load_image_processor, load_vision_model, states_of_blank
 
 
@@ -225,6 +226,8 @@ def main():
     else:
         model, processor = build_captioner(args.vision, args.text)
     save_captioner(model, processor, args.output_dir)
+    if args.decoder and (record := record_of_training(args.decoder)):  # what is trained next goes on from it
+        write_json(Path(args.output_dir) / "captioner.json", record)
     print(f"{args.output_dir}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
