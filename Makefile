@@ -114,7 +114,7 @@ scale: .venv/installed  ## what the RBM stage takes: the ten-minute path on DATA
 test-min: .venv-min/installed  ## the model's tests on transformers 4.57, in an environment of its own
 	.venv-min/bin/python -m pytest -q tests/test_rbm.py tests/test_configuration.py tests/test_linear.py tests/test_modeling.py \
 		tests/test_decoding.py tests/test_processing.py tests/test_pipeline.py tests/test_hub.py tests/test_cli.py \
-		tests/test_checkpoint.py tests/test_towers.py
+		tests/test_checkpoint.py
 
 check: .venv/installed  ## ruff: lint and format
 	.venv/bin/ruff check .

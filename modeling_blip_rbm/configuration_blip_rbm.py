@@ -46,8 +46,6 @@ class BlipRBMConfig(BlipConfig):
             `encoder_hidden_size` is the width D to which the tower's output is projected.
         vision_config (`dict` or `PretrainedConfig`): BLIP's vision encoder by default, or any vision config that
             transformers knows (`{"model_type": "efficientnet", ...}`).
-        second_vision_config (`dict` or `PretrainedConfig`, *optional*): a second tower beside one that gives a feature map
-            ([`TwoTowers`]), which sees images of its `image_size`.
         num_image_tokens (`int`, *optional*): N, tokens that a tower other than BLIP's gives for an image. `None`: the
             model finds out when it is built.
         vision_hidden_size (`int`, *optional*): C, their width; found out likewise.
@@ -94,7 +92,6 @@ class BlipRBMConfig(BlipConfig):
         self,
         text_config=None,
         vision_config=None,
-        second_vision_config=None,
         num_image_tokens=None,
         vision_hidden_size=None,
         rbm_word_ids=None,
@@ -132,7 +129,6 @@ class BlipRBMConfig(BlipConfig):
         self.vision_config = tower
         self.text_config.encoder_hidden_size = width or self.text_config.hidden_size
 
-        self.second_vision_config = None if second_vision_config is None else _tower_config(second_vision_config)
         self.num_image_tokens = num_image_tokens
         self.vision_hidden_size = tower.hidden_size if own_tower else vision_hidden_size
         self.rbm_word_ids = list(rbm_word_ids or [])
@@ -191,11 +187,6 @@ class BlipRBMConfig(BlipConfig):
         def is_number(value, least=float("-inf")):
             return isinstance(value, (int, float)) and least <= value < float("inf")
 
-        if self.second_vision_config is not None and self.vision_config.model_type in TOWERS_WITH_CLS:
-            raise ValueError(
-                f"second_vision_config needs a first tower that gives a feature map, such as efficientnet, resnet or convnext, but "
-                f"vision_config is a {self.vision_config.model_type!r}: exchange the two"
-            )
         ids, vocab_size = self.rbm_word_ids, self.text_config.vocab_size
         for name in ("num_image_tokens", "vision_hidden_size", "rbm_visible_size"):
             check(name, getattr(self, name) is None or is_int(getattr(self, name), 1), "an int from 1, or None")

@@ -75,15 +75,20 @@ def test_minimum_risk(work, data):
 
 
 def test_the_record_goes_with_the_weights(work):
-    """A mean of two runs took the minutes of both; what is built on it goes on from it."""
+    """A mean of two runs took the minutes of both; what is built on it has its tower, and goes on from it."""
     runs = ("captioner/best", "captioner/last", "again/best")
     shutil.copytree(work / "captioner", work / "again")
     in_process("average_captioners", *runs, "--output_dir", "mean", cwd=work)
     one, mean = (json.loads((work / name / "captioner.json").read_text()) for name in ("captioner", "mean"))
     assert mean["minutes"] == 2 * one["minutes"] and mean["average_of"] == list(runs)
-    build = ["--decoder", "mean/best", "--vision", "mean/best", "--output_dir", "built"]
-    in_process("build_captioner", *build, cwd=work)
+    build = ["--decoder", "mean/best", "--output_dir", "built", "--vision"]
+    in_process("build_captioner", *build, "mean/best", cwd=work)
     assert json.loads((work / "built" / "captioner.json").read_text()) == mean
+    built, trained = (BlipRBMForConditionalGeneration.from_pretrained(work / name) for name in ("built", "mean/best"))
+    towers = (model.vision_model.state_dict() for model in (built, trained))
+    assert all(torch.equal(a, b) for a, b in zip(*(tower.values() for tower in towers), strict=True))
+    with pytest.raises(ValueError, match="only taken whole: give mean/best"):
+        in_process("build_captioner", *build, "mean/best@1", cwd=work)
 
 
 def test_rbm_learns_the_colours(work, data, pairs):

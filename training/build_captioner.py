@@ -11,7 +11,6 @@ are expected to have gone through an alignment layer: what SAIL's last claim is 
 """
 
 import argparse
-import copy
 from pathlib import Path
 
 import torch
@@ -20,7 +19,6 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
-from modeling_blip_rbm.towers_blip_rbm import TwoTowers
 from training.align import load_image_layer
 from training.checkpoints import record_of_training, save_captioner, write_json
 from training.encoders import load_image_processor, load_vision_model, states_of_blank
@@ -39,14 +37,11 @@ def load_tower(vision: str):
     something else may say more of an image than the last (the alignment study in README.md tells).
 
     Raises:
-        ValueError: for the first layers of a BLIP-RBM, or one that has two towers.
+        ValueError: for the first layers of a BLIP-RBM.
     """
     name, _, layers = vision.partition("@")
     if not layers:
-        tower = load_vision_model(name)
-        if isinstance(tower, TwoTowers):
-            raise ValueError(f"{name} has two towers side by side: give a model of one, and the other as --second")
-        return tower, load_image_processor(name)
+        return load_vision_model(name), load_image_processor(name)
     config = AutoConfig.from_pretrained(name)
     if config.model_type == BlipRBMConfig.model_type:
         raise ValueError(
@@ -57,37 +52,6 @@ def load_tower(vision: str):
         settings.pop(derived, None)
     config = type(config)(**settings)
     return AutoModel.from_pretrained(name, config=config, dtype=torch.float32), load_image_processor(name)
-
-
-@torch.no_grad()
-def at_image_size(tower, size: int):
-    """A copy of a vision transformer for images of this size, its position embeddings interpolated once and for all.
-
-    Raises:
-        ValueError: if it has none that transformers can interpolate, or its patches do not fill the image.
-    """
-    config, embeddings = copy.deepcopy(tower.config), getattr(tower, "embeddings", None)
-    if not hasattr(embeddings, "interpolate_pos_encoding"):
-        raise ValueError(f"a {config.model_type!r} tower has no positions to interpolate: leave --second_size out")
-    if size % config.patch_size:
-        raise ValueError(f"images of {size} pixels are not filled by patches of {config.patch_size}: choose a multiple")
-    tokens = torch.zeros(1, 1 + (size // config.patch_size) ** 2, config.hidden_size)
-    positions = embeddings.interpolate_pos_encoding(tokens, size, size)
-    config.image_size = size
-    smaller = AutoModel.from_config(config)
-    smaller.load_state_dict(tower.state_dict() | {"embeddings.position_embeddings": positions})
-    return smaller
-
-
-def side_by_side(first, first_processor, second: str, size: int | None = None) -> TwoTowers:
-    """The tower, and another beside it by folder or Hub id, which is to see images of this size."""
-    tower, processor = load_tower(second)
-    tower = tower if size in (None, tower.config.image_size) else at_image_size(tower, size)
-    towers = TwoTowers(first, tower)
-    towers.set_statistics(
-        first_processor.image_mean, first_processor.image_std, processor.image_mean, processor.image_std
-    )
-    return towers
 
 
 def shape_of_tokens(tower, image_processor) -> dict[str, int]:
@@ -163,29 +127,22 @@ def _start_decoder_from_bert(decoder, bert: dict):
 
 
 @torch.no_grad()
-def with_decoder_of(
-    captioner: str, vision: str, aligned: str | None = None, second: str | None = None, second_size: int | None = None
-):
+def with_decoder_of(captioner: str, vision: str, aligned: str | None = None):
     """A trained captioner's decoder on another tower, the projector untrained, cross-attention a copy of self-attention again.
 
     Args:
         captioner: folder or Hub id of a BLIP-RBM.
-        second: folder or Hub id of a second vision model beside the first (`side_by_side`), for images of `second_size`.
         aligned: output of `training.align`: the projector takes tokens of its width, not of the tower's. Such a model captions cached
             tokens (`train_captioner --aligned`), not pixels.
     """
     trained = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32)
     tower, image_processor = load_tower(vision)
     words = trained.config.text_config.to_dict()
-    configs = {"vision_config": tower.config}
-    if second is not None:
-        tower = side_by_side(tower, image_processor, second, second_size)
-        configs["second_vision_config"] = tower.second.config
     shape = shape_of_tokens(tower, image_processor)
     if aligned is not None:
         layer = load_image_layer(aligned)
         shape["vision_hidden_size"] = layer(torch.zeros(1, len(layer[0].weight))).shape[1]
-    model = BlipRBMForConditionalGeneration(BlipRBMConfig(text_config=words, **configs, **shape))
+    model = BlipRBMForConditionalGeneration(BlipRBMConfig(vision_config=tower.config, text_config=words, **shape))
     model.vision_model.load_state_dict(tower.state_dict())
     model.text_decoder.load_state_dict(trained.text_decoder.state_dict())
     for block in model.text_decoder.bert.encoder.layer:
@@ -203,26 +160,14 @@ def main():
     language.add_argument("--text", help="folder or Hub id of a BERT-type text encoder")
     language.add_argument("--decoder", help="folder or Hub id of a trained captioner, in the place of --text")
     parser.add_argument("--aligned", help="output of training.align; with --decoder")
-    parser.add_argument("--second", help="folder or Hub id of a vision model beside the first; with --decoder")
-    parser.add_argument(
-        "--second_size",
-        type=int,
-        help="pixels of the images that it sees, a multiple of its patches' (default: its own)",
-    )
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     if args.aligned and not args.decoder:
         parser.error("--aligned needs --decoder: the captioner whose words the new one begins with")
-    if args.second and not args.decoder:
-        parser.error("--second needs --decoder: the captioner whose words the new one begins with")
-    if args.second and args.aligned:
-        parser.error("--second and --aligned exclude each other: the alignment layer is one of a single tower")
-    if args.second_size and not args.second:
-        parser.error("--second_size needs --second, the vision model whose images are to be of that size")
     if args.decoder:
-        model, processor = with_decoder_of(args.decoder, args.vision, args.aligned, args.second, args.second_size)
+        model, processor = with_decoder_of(args.decoder, args.vision, args.aligned)
     else:
         model, processor = build_captioner(args.vision, args.text)
     save_captioner(model, processor, args.output_dir)

@@ -49,7 +49,6 @@ from .decoding_blip_rbm import (
 from .linear_blip_rbm import is_traced, make_packable, product_with, time_ratio, with_packed_linears
 from .phrases_blip_rbm import PhraseBlock
 from .rbm import JointRBM, bernoulli, gain_weights, pointwise_mutual_information, word_gains
-from .towers_blip_rbm import TwoTowers
 
 
 try:  # transformers 5: initialises only what a checkpoint did not give
@@ -248,16 +247,9 @@ def _tower_output_shape(config) -> tuple[int, int]:
     size = getattr(config.vision_config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     with torch.device("meta"):
-        tower = _tower_of_any_kind(config).eval()
+        tower = AutoModel.from_config(config.vision_config).eval()
         channels = getattr(config.vision_config, "num_channels", 3)
         return tuple(vision_tokens(tower(pixel_values=torch.zeros(1, channels, height, width))).shape[1:])
-
-
-def _tower_of_any_kind(config) -> nn.Module:
-    tower = AutoModel.from_config(config.vision_config)
-    if config.second_vision_config is None:
-        return tower
-    return TwoTowers(tower, AutoModel.from_config(config.second_vision_config))
 
 
 def new_vision_tower(config) -> nn.Module:
@@ -265,7 +257,7 @@ def new_vision_tower(config) -> nn.Module:
     if not config.has_blip_tower:
         if config.num_image_tokens is None or config.vision_hidden_size is None:
             config.num_image_tokens, config.vision_hidden_size = _tower_output_shape(config)
-        return _tower_of_any_kind(config)
+        return AutoModel.from_config(config.vision_config)
     config.vision_config._attn_implementation = "eager"
     tower = BlipVisionModel(config.vision_config)
     for layer in tower.encoder.layers:
