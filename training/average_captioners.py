@@ -6,12 +6,13 @@ One model comes out, as fast as each that went in.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.checkpoints import record_of_training, save_captioner, write_json
+from training.checkpoints import record_file, save_captioner, write_json
 
 
 def average(models: list) -> dict[str, torch.Tensor]:
@@ -41,8 +42,8 @@ def main():
     models[0].load_state_dict(average(models))
     output = Path(args.output_dir)
     save_captioner(models[0], BlipRBMProcessor.from_pretrained(args.models[0]), output / "best")
-    runs = dict.fromkeys(Path(name).parent for name in args.models)  # `best` and `last` are of one
-    records = [record for record in map(record_of_training, runs) if record]
+    files = dict.fromkeys(filter(None, map(record_file, args.models)))  # a run's `best` and `last` have one
+    records = [json.loads(file.read_text()) for file in files]
     report = records[0] | {"minutes": sum(record["minutes"] for record in records)} if records else {}
     write_json(output / "captioner.json", report | {"average_of": args.models})
 

@@ -36,11 +36,15 @@ def peak_memory_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def record_file(model: str | Path) -> Optional[Path]:
+    """Where `train_captioner` wrote what it did to make a captioner: a finished model has it in its folder, a stage's `best` beside it."""
+    files = (folder / "captioner.json" for folder in (Path(model), Path(model).parent))
+    return next((file for file in files if file.exists()), None)
+
+
 def record_of_training(model: str | Path) -> Optional[dict]:
-    """What `train_captioner` wrote of a captioner: a finished model has it in its folder, a stage's `best` beside it."""
-    file = next(
-        (f / "captioner.json" for f in (Path(model), Path(model).parent) if (f / "captioner.json").exists()), None
-    )
+    """The content of `record_file`."""
+    file = record_file(model)
     return json.loads(file.read_text()) if file else None
 
 

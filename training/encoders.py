@@ -30,7 +30,7 @@ def load_image_processor(name: str):
 
 def load_vision_model(name: str):
     """A vision model by folder or Hub id, or the tower of a BLIP-RBM."""
-    if AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == BlipRBMConfig.model_type:
+    if AutoConfig.from_pretrained(name).model_type == BlipRBMConfig.model_type:
         return BlipRBMForConditionalGeneration.from_pretrained(name, dtype=torch.float32).vision_model
     return AutoModel.from_pretrained(name, dtype=torch.float32)
 
