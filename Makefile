@@ -56,30 +56,30 @@ align: .venv/installed  ## SAIL on VISION and TEXT: probe, gated layer and RBM, 
 	done
 	$(ALIGN) training/recipes/align-sail-sigmoid.yaml --views 4 --vision $(VISION) checkpoints/blip-rbm-small --text $(TEXT) \
 		--dataset $(DATASET) --output_dir runs/align-400/sail-sigmoid
-	$(RUN) -m training.evaluate_alignment --runs $(addprefix runs/align-400/,$(ALIGNED) sail-sigmoid) --dataset $(DATASET) \
-		--output benchmarks/results/alignment.json
+	$(RUN) -m experiments.alignment.evaluate_alignment --runs $(addprefix runs/align-400/,$(ALIGNED) sail-sigmoid) --dataset $(DATASET) \
+		--output experiments/alignment/alignment.json
 	$(RUN) -m training.build_captioner --decoder checkpoints/blip-rbm-small --vision $(SECOND)@10 --output_dir runs/second-start
 	$(RUN) -m training.train_captioner training/recipes/captioner-cross-attention.yaml --model runs/second-start \
 		--dataset $(DATASET) --output_dir runs/second-captioner
-	cp runs/second-captioner/captioner.json benchmarks/results/captioner_second.json
-	OMP_NUM_THREADS=1 .venv/bin/accelerate launch --config_file training/accelerate/multi-cpu.yaml -m training.rerank_retrieval \
+	cp runs/second-captioner/captioner.json experiments/retrieval/captioner_second.json
+	OMP_NUM_THREADS=1 .venv/bin/accelerate launch --config_file training/accelerate/multi-cpu.yaml -m experiments.retrieval.rerank_retrieval \
 		--runs $(addprefix runs/align-400/,$(ALIGNED)) --final_runs $(addprefix runs/align-0/,$(ALIGNED)) \
 		--captioners checkpoints/blip-rbm-small runs/second-captioner/best \
-		--dataset $(DATASET) --output benchmarks/results/retrieval.json
-	$(RUN) -m training.evaluate_alignment --study --vision $(VISION) $(STUDY) --text $(TEXT) --dataset $(DATASET) \
+		--dataset $(DATASET) --output experiments/retrieval/retrieval.json
+	$(RUN) -m experiments.alignment.evaluate_alignment --study --vision $(VISION) $(STUDY) --text $(TEXT) --dataset $(DATASET) \
 		--max_images 2000 \
-		--output benchmarks/results/alignment_study.json
+		--output experiments/alignment/alignment_study.json
 	mv benchmarks/results/alignment_study.png docs/alignment-study.png
 
 capfilt: .venv/installed  ## how well exchanged captions are found, 30 % and 60 % of them, on DATASET
 	for share in 30 60; do \
 		$(RUN) -m training.capfilt --model checkpoints/blip-rbm-small --dataset $(DATASET) --shuffle 0.$$share --rounds 3 --views 2 \
 			--output_dir runs/capfilt-$$share || exit 1; \
-		cp runs/capfilt-$$share/capfilt.json benchmarks/results/capfilt_$$share.json; \
+		cp runs/capfilt-$$share/capfilt.json experiments/capfilt/capfilt_$$share.json; \
 	done
 
 noise: .venv/installed  ## captioners on noisy pairs, on what CapFilt keeps of them, and with synthetic captions, on DATASET (2 hours)
-	$(RUN) -m benchmarks.noise --vision $(VISION) --dataset $(DATASET) --output benchmarks/results/noise.json
+	$(RUN) -m experiments.noise.noise --vision $(VISION) --dataset $(DATASET) --output experiments/noise/noise.json
 
 aligned-captioner: .venv/installed  ## a captioner's way from image to words on raw and on aligned tokens, equal steps, on DATASET
 	$(ALIGN) training/recipes/align-sail.yaml --vision $(VISION) --text $(TEXT) --dataset $(DATASET) --output_dir runs/align-sail-raw
@@ -90,8 +90,8 @@ aligned-captioner: .venv/installed  ## a captioner's way from image to words on 
 		--dataset $(DATASET) --output_dir runs/way-raw
 	$(RUN) -m training.train_captioner training/recipes/captioner-cross-attention.yaml --model runs/aligned-start \
 		--aligned runs/align-sail-raw --dataset $(DATASET) --output_dir runs/way-aligned
-	cp runs/way-raw/captioner.json benchmarks/results/captioner_raw.json
-	cp runs/way-aligned/captioner.json benchmarks/results/captioner_aligned.json
+	cp runs/way-raw/captioner.json experiments/alignment/captioner_raw.json
+	cp runs/way-aligned/captioner.json experiments/alignment/captioner_aligned.json
 
 # The writers' way from image to words is trained without the images that they write for; the decoder's language is the embedded one's.
 reranker: .venv/installed  ## fit the RBM's energy to candidates of two captioners, each for images that it has not seen, on DATASET (an hour)
@@ -100,9 +100,9 @@ reranker: .venv/installed  ## fit the RBM's energy to candidates of two captione
 		$(RUN) -m training.train_captioner training/recipes/captioner-cross-attention.yaml --model runs/raw-start --num_train_epochs 3 \
 			--folds 2 --fold $$fold --dataset $(DATASET) --output_dir runs/fold-$$fold || exit 1; \
 	done
-	$(RUN) -m training.train_reranker training/recipes/reranker-small.yaml --model checkpoints/blip-rbm-small \
+	$(RUN) -m experiments.reranker.train_reranker experiments/reranker/reranker-small.yaml --model checkpoints/blip-rbm-small \
 		--writer runs/fold-0/best runs/fold-1/best --dataset $(DATASET) --output_dir runs/reranker
-	cp runs/reranker/reranker.json benchmarks/results/reranker.json
+	cp runs/reranker/reranker.json experiments/reranker/reranker.json
 
 scale: .venv/installed  ## what the RBM stage takes: the ten-minute path on DATASET, memory at 6,000 and 60,000 images
 	rm -rf runs/scale
@@ -112,9 +112,9 @@ scale: .venv/installed  ## what the RBM stage takes: the ten-minute path on DATA
 	$(RUN) -m benchmarks.scale --output benchmarks/results/scale.json
 
 test-min: .venv-min/installed  ## the model's tests on transformers 4.57, in an environment of its own
-	.venv-min/bin/python -m pytest -q tests/test_rbm.py tests/test_configuration.py tests/test_linear.py tests/test_modeling.py \
-		tests/test_decoding.py tests/test_processing.py tests/test_pipeline.py tests/test_hub.py tests/test_cli.py \
-		tests/test_checkpoint.py
+	.venv-min/bin/python -m pytest -q tests/modeling_blip_rbm/test_rbm.py tests/modeling_blip_rbm/test_configuration.py tests/modeling_blip_rbm/test_linear.py tests/modeling_blip_rbm/test_modeling.py \
+		tests/modeling_blip_rbm/test_decoding.py tests/modeling_blip_rbm/test_processing.py tests/modeling_blip_rbm/test_pipeline.py tests/modeling_blip_rbm/test_hub.py tests/modeling_blip_rbm/test_cli.py \
+		tests/modeling_blip_rbm/test_checkpoint.py
 
 check: .venv/installed  ## ruff: lint and format
 	.venv/bin/ruff check .
@@ -180,8 +180,8 @@ varied: .venv/installed  ## more different words: the three RBMs with re-rank an
 	done
 
 diversity: .venv/installed  ## several captions of an image: sampled causes beside sampling, nucleus, diverse and plain beams
-	$(RUN) -m training.evaluate_diversity --model checkpoints/blip-rbm-small --dataset $(DATASET) --max_images 200 \
-		--output benchmarks/results/diversity.json
+	$(RUN) -m experiments.diversity.evaluate_diversity --model checkpoints/blip-rbm-small --dataset $(DATASET) --max_images 200 \
+		--output experiments/diversity/diversity.json
 	mv benchmarks/results/diversity.png docs/diversity.png
 
 bench: .venv/installed  ## speed and likelihood of the RBM beside its peers, cost of the guide's word gains (needs a quiet machine)

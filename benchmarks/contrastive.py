@@ -15,8 +15,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from training.checkpoints import peak_memory_mb, write_json
-from training.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces, sigmoid_loss
+from training.lib.checkpoints import peak_memory_mb, write_json
+from training.lib.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces, sigmoid_loss
 
 
 def whole_info_nce(z_image, z_text, image_owner, text_owner, scale, bias):

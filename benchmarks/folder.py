@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMImageToTextPipeline
 from modeling_blip_rbm.__main__ import main as command_line
-from training.checkpoints import write_json
-from training.pairs import load_pairs
+from training.lib.checkpoints import write_json
+from training.lib.pairs import load_pairs
 
 
 def watched(function, seconds: list[float]):

@@ -28,7 +28,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, DynamicCache,
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from modeling_blip_rbm.linear_blip_rbm import packed_linears
-from training.checkpoints import write_json
+from training.lib.checkpoints import write_json
 
 
 REPO = Path(__file__).resolve().parent.parent

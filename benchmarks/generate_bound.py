@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.generate import IMAGE_SIZE, NEW_TOKENS, Ours, blip_base
 from modeling_blip_rbm.decoder_blip_rbm import ImageCache
 from modeling_blip_rbm.linear_blip_rbm import PackableLinear, packed_linears
-from training.checkpoints import write_json
+from training.lib.checkpoints import write_json
 
 
 KINDS = {  # of operations, by parts of their names

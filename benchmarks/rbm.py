@@ -113,7 +113,7 @@ def measure(args) -> dict:
     from threadpoolctl import threadpool_limits
     from tqdm.auto import tqdm
 
-    from modeling_blip_rbm.rbm_fast import fastest_precision, matrix_rates
+    from boltzmann.fast import fastest_precision, matrix_rates
 
     torch.set_num_threads(args.threads[0])
     torch.set_grad_enabled(False)

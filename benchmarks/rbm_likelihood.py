@@ -19,8 +19,9 @@ from sklearn.model_selection import train_test_split
 from sklearn.neural_network import BernoulliRBM
 from tqdm.auto import tqdm
 
-from modeling_blip_rbm import RBM, RBMParameters, annealed_importance_sampling, log_prob
-from modeling_blip_rbm.rbm_likelihood import base_rate_model
+from boltzmann import RBM, annealed_importance_sampling, log_prob
+from boltzmann.likelihood import base_rate_model
+from modeling_blip_rbm import RBMParameters
 
 
 def ours(precision, compiled=False):

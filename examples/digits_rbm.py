@@ -27,7 +27,7 @@ from torch import nn
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from modeling_blip_rbm import RBM, DeepBeliefNetwork
+from boltzmann import RBM, DeepBeliefNetwork
 
 
 def dimension_reduction(train, train_labels, test, test_labels, units=16):

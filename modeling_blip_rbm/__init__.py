@@ -13,12 +13,18 @@ from .modeling_blip_rbm import BlipRBMForConditionalGeneration
 from .pipeline_blip_rbm import BlipRBMImageToTextPipeline
 from .processing_blip_rbm import BlipRBMProcessor, load_image
 from .rbm import JointRBM, RBMParameters, contrastive_divergence, energy, free_energy, gibbs
-from .rbm_estimator import RBM, DeepBeliefNetwork
-from .rbm_likelihood import annealed_importance_sampling, log_partition_function, log_prob
 from .retrieval_blip_rbm import BlipRBMForImageTextRetrieval
 
 
 __version__ = "0.1.0"
+
+MOVED_TO_BOLTZMANN = (
+    "RBM",
+    "DeepBeliefNetwork",
+    "annealed_importance_sampling",
+    "log_partition_function",
+    "log_prob",
+)
 
 AutoConfig.register("blip_rbm", BlipRBMConfig, exist_ok=True)
 AutoModel.register(BlipRBMConfig, BlipRBMForConditionalGeneration, exist_ok=True)
@@ -27,21 +33,27 @@ AutoModelForZeroShotImageClassification.register(BlipRBMConfig, BlipRBMForImageT
 AutoProcessor.register(BlipRBMConfig, BlipRBMProcessor, exist_ok=True)
 
 __all__ = [
-    "RBM",
     "BlipRBMConfig",
     "BlipRBMForConditionalGeneration",
     "BlipRBMForImageTextRetrieval",
     "BlipRBMImageToTextPipeline",
     "BlipRBMProcessor",
-    "DeepBeliefNetwork",
     "JointRBM",
     "RBMParameters",
-    "annealed_importance_sampling",
     "contrastive_divergence",
     "energy",
     "free_energy",
     "gibbs",
     "load_image",
-    "log_partition_function",
-    "log_prob",
 ]
+
+
+def __getattr__(name: str):  # where the RBM for any data matrix was until it became a package of its own
+    if name not in MOVED_TO_BOLTZMANN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import warnings
+
+    import boltzmann
+
+    warnings.warn(f"{name} is in boltzmann: `from boltzmann import {name}`", DeprecationWarning, stacklevel=2)
+    return getattr(boltzmann, name)

@@ -67,9 +67,6 @@ WEIGHTS_OF_GAINS = {
 def _files_of_the_package():  # never called: transformers copies along with a model the files that this one imports
     from .pipeline_blip_rbm import BlipRBMImageToTextPipeline  # noqa: F401
     from .processing_blip_rbm import BlipRBMProcessor  # noqa: F401
-    from .rbm_estimator import RBM  # noqa: F401
-    from .rbm_fast import FastContrastiveDivergence  # noqa: F401
-    from .rbm_likelihood import log_prob  # noqa: F401
     from .retrieval_blip_rbm import BlipRBMForImageTextRetrieval  # noqa: F401
 
 
@@ -369,7 +366,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
 
         Args:
             pixel_values (B, 3, S, S): or else
-            vision_hidden_states (B, N, C): the vision tower's output, computed before (`training/features.py`).
+            vision_hidden_states (B, N, C): the vision tower's output, computed before (`training/lib/features.py`).
             rbm: False leaves image_embeds as BLIP has them.
         """
         if (pixel_values is None) == (vision_hidden_states is None):

@@ -9,7 +9,7 @@ Three kinds of similarity between an image and a sentence, trained on the same p
 - `rbm`: the free energy of a joint RBM of image, words and sentence: their pointwise mutual information, trained to match.
 
 Several captions of an image are drawn a step, all of them right: none is ever taken for a negative of its own image. Batches may be as
-large as the data (`training/contrastive.py` computes the loss in pieces). Goes on from its last epoch when it is started again.
+large as the data (`training/lib/contrastive.py` computes the loss in pieces). Goes on from its last epoch when it is started again.
 """
 
 import json
@@ -27,14 +27,14 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from modeling_blip_rbm.rbm import JointRBM, hidden_input, pairwise_information
-from training.arguments import SourceArguments, parse_arguments
-from training.checkpoints import peak_memory_mb, refuse_other_output, write_json
-from training.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces
-from training.data import CaptionWords, caption_words, split_held_back
-from training.distributed import Checkpoint, from_all_processes, new_accelerator
-from training.encoders import TextEncoder, VisionEncoder
-from training.pairs import load_pairs
-from training.retrieval import recalls
+from training.lib.arguments import SourceArguments, parse_arguments
+from training.lib.checkpoints import peak_memory_mb, refuse_other_output, write_json
+from training.lib.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces
+from training.lib.data import CaptionWords, caption_words, split_held_back
+from training.lib.distributed import Checkpoint, from_all_processes, new_accelerator
+from training.lib.encoders import TextEncoder, VisionEncoder
+from training.lib.pairs import load_pairs
+from training.lib.retrieval import recalls
 from training.train_rbm import choose_words
 
 

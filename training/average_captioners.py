@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.checkpoints import record_file, save_captioner, write_json
+from training.lib.checkpoints import record_file, save_captioner, write_json
 
 
 def average(models: list) -> dict[str, torch.Tensor]:

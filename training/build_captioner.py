@@ -20,8 +20,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
 from training.align import load_image_layer
-from training.checkpoints import record_of_training, save_captioner, write_json
-from training.encoders import load_image_processor, load_vision_model, states_of_blank
+from training.lib.checkpoints import record_of_training, save_captioner, write_json
+from training.lib.encoders import load_image_processor, load_vision_model, states_of_blank
 
 
 def build_tokenizer(text: str):

@@ -30,12 +30,12 @@ from sklearn.metrics import roc_auc_score
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.rbm import hidden_input, pairwise_mutual_information, pointwise_mutual_information
-from training.arguments import DataArguments, parse_arguments
-from training.checkpoints import refuse_other_output, write_json
-from training.data import CaptionWords, caption_words, split_held_back
-from training.distributed import new_accelerator
 from training.evaluate_captions import caption_rows
-from training.features import cache_features, load_features
+from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.checkpoints import refuse_other_output, write_json
+from training.lib.data import CaptionWords, caption_words, split_held_back
+from training.lib.distributed import new_accelerator
+from training.lib.features import cache_features, load_features
 from training.train_rbm import PooledPairs, RBMArguments, choose_words, in_pieces, train, with_new_rbm
 
 

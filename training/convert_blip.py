@@ -8,7 +8,7 @@ import argparse
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.checkpoints import refuse_other_output, save_captioner
+from training.lib.checkpoints import refuse_other_output, save_captioner
 
 
 def main():

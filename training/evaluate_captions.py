@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.decoding_blip_rbm import SIMILARITIES, rerank_scores
-from training import pictures
-from training.arguments import MeasureArguments, parse_arguments
-from training.checkpoints import write_json
-from training.features import cache_features
-from training.metrics import (
+from training.lib import pictures
+from training.lib.arguments import MeasureArguments, parse_arguments
+from training.lib.checkpoints import write_json
+from training.lib.features import cache_features
+from training.lib.metrics import (
     CiderD,
     bleu_of_statistics,
     bleu_statistics,
@@ -35,7 +35,7 @@ from training.metrics import (
     rouge_l,
     tokenize,
 )
-from training.pairs import load_pairs
+from training.lib.pairs import load_pairs
 
 
 @dataclass

@@ -27,12 +27,12 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.arguments import MeasureArguments, parse_arguments
-from training.checkpoints import write_json
-from training.data import split_held_back
-from training.features import cache_features
-from training.metrics import CiderD
-from training.pairs import load_pairs
+from training.lib.arguments import MeasureArguments, parse_arguments
+from training.lib.checkpoints import write_json
+from training.lib.data import split_held_back
+from training.lib.features import cache_features
+from training.lib.metrics import CiderD
+from training.lib.pairs import load_pairs
 
 
 matplotlib.use("Agg")

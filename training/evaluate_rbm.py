@@ -13,15 +13,15 @@ from pathlib import Path
 import matplotlib
 import torch
 
+from boltzmann.likelihood import annealed_importance_sampling, base_rate_model, log_prob
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.rbm import free_energy, hidden_input, pairwise_mutual_information, word_gains
-from modeling_blip_rbm.rbm_likelihood import annealed_importance_sampling, base_rate_model, log_prob
-from training.arguments import MeasureArguments, parse_arguments
-from training.checkpoints import write_json
-from training.data import caption_words
-from training.features import cache_features
-from training.pairs import load_pairs
-from training.retrieval import recalls
+from training.lib.arguments import MeasureArguments, parse_arguments
+from training.lib.checkpoints import write_json
+from training.lib.data import caption_words
+from training.lib.features import cache_features
+from training.lib.pairs import load_pairs
+from training.lib.retrieval import recalls
 
 
 matplotlib.use("Agg")

@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.checkpoints import refuse_other_output
+from training.lib.checkpoints import refuse_other_output
 
 
 class ImageEncoder(torch.nn.Module):

@@ -19,10 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.decoding_blip_rbm import ORDERS, ngram_numbers
 from modeling_blip_rbm.phrases_blip_rbm import PhraseBlock, length_factors
-from training.arguments import DataArguments, parse_arguments
-from training.checkpoints import refuse_other_output, save_captioner, write_json
-from training.data import split_held_back
-from training.features import load_features
+from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.checkpoints import refuse_other_output, save_captioner, write_json
+from training.lib.data import split_held_back
+from training.lib.features import load_features
 from training.train_captioner import caption_tokens
 
 

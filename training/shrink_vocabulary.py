@@ -16,10 +16,10 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.arguments import DataArguments, parse_arguments
-from training.checkpoints import save_captioner, write_json
-from training.data import split_held_back
-from training.pairs import load_pairs
+from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.checkpoints import save_captioner, write_json
+from training.lib.data import split_held_back
+from training.lib.pairs import load_pairs
 from training.train_captioner import caption_tokens
 
 

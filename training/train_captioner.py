@@ -6,7 +6,7 @@
 The Trainer's checkpoints are in `--output_dir`; a run that is stopped goes on from the last one when it is started
 again. What is kept, in `<output_dir>/best`, is the moving average of the weights at the epoch whose captions of the
 held-back training images had the highest CIDEr-D; in `<output_dir>/last` it is as at the end, in `<output_dir>/first` as at the
-first evaluation, when it does not know the training images by heart yet (`training/train_reranker.py`).
+first evaluation, when it does not know the training images by heart yet (`experiments/reranker/train_reranker.py`).
 
 With `--tower_learning_rate` the vision tower is trained as well, on a new random view of each image at every pass.
 
@@ -33,13 +33,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.modeling_blip_rbm import pool_tokens, vision_tokens
 from training.align import AlignedTokens, load_image_layer
-from training.arguments import CaptionerArguments, DataArguments, parse_arguments
-from training.checkpoints import peak_memory_mb, record_of_training, refuse_other_output, save_captioner, write_json
-from training.data import fold_of, random_view, split_held_back
 from training.evaluate_captions import caption_rows
-from training.features import load_features
-from training.metrics import CiderD, corpus_diversity
-from training.pairs import load_pairs
+from training.lib.arguments import CaptionerArguments, DataArguments, parse_arguments
+from training.lib.checkpoints import peak_memory_mb, record_of_training, refuse_other_output, save_captioner, write_json
+from training.lib.data import fold_of, random_view, split_held_back
+from training.lib.features import load_features
+from training.lib.metrics import CiderD, corpus_diversity
+from training.lib.pairs import load_pairs
 
 
 RBM_PARTS = ("refine", "adapter")  # of `--parts`, those that stand between tower and decoder

@@ -38,12 +38,12 @@ from modeling_blip_rbm.rbm import (
     prob_h_given_v,
     word_gains,
 )
-from training.arguments import DataArguments, parse_arguments
-from training.checkpoints import peak_memory_mb, refuse_other_output, save_captioner, write_json
-from training.data import CaptionWords, caption_words, split_held_back
-from training.distributed import Checkpoint, from_all_processes, new_accelerator
 from training.evaluate_rbm import evaluate_rbm, free_energy_gap, log_likelihood
-from training.features import load_features
+from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.checkpoints import peak_memory_mb, refuse_other_output, save_captioner, write_json
+from training.lib.data import CaptionWords, caption_words, split_held_back
+from training.lib.distributed import Checkpoint, from_all_processes, new_accelerator
+from training.lib.features import load_features
 
 
 matplotlib.use("Agg")

@@ -25,13 +25,13 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.decoding_blip_rbm import SIMILARITIES
-from training.arguments import DataArguments, parse_arguments
-from training.checkpoints import refuse_other_output, save_captioner, write_json
-from training.data import split_held_back
 from training.evaluate_captions import candidate_parts, caption_rows, chosen_by_rerank
-from training.features import cache_features
-from training.metrics import CiderD, bleu, corpus_diversity, tokenize
-from training.pairs import load_pairs
+from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.checkpoints import refuse_other_output, save_captioner, write_json
+from training.lib.data import split_held_back
+from training.lib.features import cache_features
+from training.lib.metrics import CiderD, bleu, corpus_diversity, tokenize
+from training.lib.pairs import load_pairs
 from training.train_captioner import caption_tokens, unigram_bias
 
 
