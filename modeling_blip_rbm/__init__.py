@@ -8,12 +8,11 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_blip_rbm import BlipRBMConfig
-from .modeling_blip_rbm import BlipRBMForConditionalGeneration
+from .configuration_blip_rbm import BlipRBMConfig, DecodingSettings
+from .modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMForImageTextRetrieval
 from .pipeline_blip_rbm import BlipRBMImageToTextPipeline
 from .processing_blip_rbm import BlipRBMProcessor, load_image
 from .rbm import JointRBM, RBMParameters, contrastive_divergence, energy, free_energy, gibbs
-from .retrieval_blip_rbm import BlipRBMForImageTextRetrieval
 
 
 __version__ = "0.1.0"
@@ -38,6 +37,7 @@ __all__ = [
     "BlipRBMForImageTextRetrieval",
     "BlipRBMImageToTextPipeline",
     "BlipRBMProcessor",
+    "DecodingSettings",
     "JointRBM",
     "RBMParameters",
     "contrastive_divergence",

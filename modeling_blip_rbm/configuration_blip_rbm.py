@@ -1,17 +1,35 @@
-"""The configuration of BLIP-RBM: BLIP's, with any vision tower, and the RBM's."""
+"""The configuration of BLIP-RBM: BLIP's, with any vision tower, and the RBM's ([`BlipRBMConfig`]); and how captions are decoded, which is
+stored in generation_config.json ([`DecodingSettings`])."""
+
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+from pathlib import Path
 
 from transformers import AutoConfig, BlipConfig, BlipTextConfig, BlipVisionConfig, PretrainedConfig
 
-from .decoding_blip_rbm import SIMILARITIES
 from .rbm import WORD_GAIN_ORDERS
 
 
+# The code that a model's folder carries, and all of it.
+HUB_FILES = (
+    "configuration_blip_rbm.py",
+    "generation_blip_rbm.py",
+    "inference_blip_rbm.py",
+    "modeling_blip_rbm.py",
+    "phrases_blip_rbm.py",
+    "pipeline_blip_rbm.py",
+    "processing_blip_rbm.py",
+    "rbm.py",
+    "vision_blip_rbm.py",
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_blip_rbm.BlipRBMConfig",
     "AutoModel": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
-    "AutoModelForZeroShotImageClassification": "retrieval_blip_rbm.BlipRBMForImageTextRetrieval",
+    "AutoModelForZeroShotImageClassification": "modeling_blip_rbm.BlipRBMForImageTextRetrieval",
     "AutoProcessor": "processing_blip_rbm.BlipRBMProcessor",
 }
 CUSTOM_PIPELINES = {
@@ -22,6 +40,7 @@ CUSTOM_PIPELINES = {
     }
 }
 POOLINGS = {"cls_mean": 2, "mean": 1, "mean_max": 2}  # V as a multiple of the tower's width
+SIMILARITIES = ("jaccard", "overlap")
 PHRASE_WEIGHTS = ("rbm_guidance_rarity", "rbm_rerank_cider", "rbm_rerank_rarity")  # of what the phrase block says
 TOWERS_WITH_CLS = ("blip_vision_model", "dinov2", "dinov2_with_registers", "clip_vision_model", "vit", "deit", "beit")
 
@@ -60,21 +79,6 @@ class BlipRBMConfig(BlipConfig):
         rbm_num_phrases (`int`, defaults to 0): P, n-grams of which the hidden causes tell how likely they are said
             (`phrases_blip_rbm.PhraseBlock`, `training/fit_phrases.py`).
         rbm_cause_tokens (`int`, defaults to 0): m, tokens made of the hidden causes that refine appends to the image's.
-        rbm_guidance (`float`, defaults to 0.0): beta, weight of the word gains (nats) on the decoder's logits. 0: off.
-        rbm_guidance_rarity (`float`, defaults to 0.0): by how much, as a share, a word's weight grows with a nat of its rarity
-            (`PhraseBlock.token_rarity`).
-        rbm_guidance_clip (`float`, defaults to 5.0): bound on a word's gain, in nats.
-        rbm_guidance_order (`str`, defaults to "second"): how the gains are computed: "exact", or expanded in the word
-            weights to "second" or "first" order, which is many times cheaper (`make bench`).
-        rbm_rerank (`bool`, defaults to `False`): return the best of the candidates by decoder, RBM and consensus.
-        rbm_rerank_candidates (`int`, defaults to 10): beams (or samples) among which to choose, at least.
-        rbm_rerank_pmi (`float`, defaults to 0.0): weight of the RBM's pointwise mutual information (nats).
-        rbm_rerank_consensus (`float`, defaults to 0.0): weight of the mean similarity to the other candidates.
-        rbm_rerank_cider (`float`, defaults to 0.0): weight of the CIDEr-D that the hidden causes let expect of a candidate.
-        rbm_rerank_rarity (`float`, defaults to 0.0): weight of how rare a candidate's words are (nats, `PhraseBlock.rarity`): more
-            different words over many images, for some precision.
-        rbm_rerank_similarity (`str`, defaults to "jaccard"): which similarity, see `decoding_blip_rbm.caption_similarity`.
-        rbm_rerank_length_penalty (`float`, defaults to 1.0): alpha in log P / length^alpha.
         rbm_confidence (`list[float]`, *optional*): bias and weights of log P per token and of PMI in the log-odds that a
             caption is right (`training/evaluate_confidence.py`); None: not calibrated.
         rbm_match (`list[float]`, *optional*): bias of the log-odds that a text was written for an image, and weight of their PMI in it
@@ -101,24 +105,14 @@ class BlipRBMConfig(BlipConfig):
         rbm_visible_size=None,
         rbm_num_phrases=0,
         rbm_cause_tokens=0,
-        rbm_guidance=0.0,
-        rbm_guidance_rarity=0.0,
-        rbm_guidance_clip=5.0,
-        rbm_guidance_order="second",
-        rbm_rerank=False,
-        rbm_rerank_candidates=10,
-        rbm_rerank_pmi=0.0,
-        rbm_rerank_consensus=0.0,
-        rbm_rerank_cider=0.0,
-        rbm_rerank_rarity=0.0,
-        rbm_rerank_similarity="jaccard",
-        rbm_rerank_length_penalty=1.0,
         rbm_confidence=None,
         rbm_match=None,
         **kwargs,
     ):
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
-        kwargs.setdefault("custom_pipelines", {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()})
+        # whatever a checkpoint says: its folder carries the code of the package that saves it
+        kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}
+        kwargs["custom_pipelines"] = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
+        moved = {name: kwargs.pop(name) for name in DECODING_SETTINGS if name in kwargs}
         tower = _tower_config(vision_config)
         if text_config is not None and not isinstance(text_config, dict):
             text_config = text_config.to_dict()
@@ -138,20 +132,11 @@ class BlipRBMConfig(BlipConfig):
         self.rbm_visible_size = rbm_visible_size
         self.rbm_num_phrases = rbm_num_phrases
         self.rbm_cause_tokens = rbm_cause_tokens
-        self.rbm_guidance = rbm_guidance
-        self.rbm_guidance_rarity = rbm_guidance_rarity
-        self.rbm_guidance_clip = rbm_guidance_clip
-        self.rbm_guidance_order = rbm_guidance_order
-        self.rbm_rerank = rbm_rerank
-        self.rbm_rerank_candidates = rbm_rerank_candidates
-        self.rbm_rerank_pmi = rbm_rerank_pmi
-        self.rbm_rerank_consensus = rbm_rerank_consensus
-        self.rbm_rerank_cider = rbm_rerank_cider
-        self.rbm_rerank_rarity = rbm_rerank_rarity
-        self.rbm_rerank_similarity = rbm_rerank_similarity
-        self.rbm_rerank_length_penalty = rbm_rerank_length_penalty
         self.rbm_confidence = rbm_confidence
         self.rbm_match = rbm_match
+        if moved:  # of a checkpoint from before they were in generation_config.json; the model takes them over
+            DecodingSettings(**moved)  # refuses what cannot be
+            self.decoding_settings = moved
         self._check()
         if self.vision_hidden_size is not None:
             self.set_visible_size()
@@ -167,7 +152,7 @@ class BlipRBMConfig(BlipConfig):
             raise ValueError(
                 f"rbm_visible_size is {self.rbm_visible_size}, but tokens of width {self.vision_hidden_size} from the "
                 f"{self.vision_config.model_type} tower, pooled by {self.rbm_pooling!r}, give {size} units. Leave "
-                "rbm_visible_size out, or change rbm_pooling ({', '.join(POOLINGS)})."
+                "rbm_visible_size out, or change rbm_pooling (one of " + ", ".join(POOLINGS) + ")."
             )
         self.rbm_visible_size = size
 
@@ -177,43 +162,130 @@ class BlipRBMConfig(BlipConfig):
         return self.vision_config.model_type == BlipVisionConfig.model_type
 
     def _check(self):
-        def check(name, ok, allowed):
-            if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
-
-        def is_int(value, least):
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-        def is_number(value, least=float("-inf")):
-            return isinstance(value, (int, float)) and least <= value < float("inf")
-
         ids, vocab_size = self.rbm_word_ids, self.text_config.vocab_size
         for name in ("num_image_tokens", "vision_hidden_size", "rbm_visible_size"):
-            check(name, getattr(self, name) is None or is_int(getattr(self, name), 1), "an int from 1, or None")
+            check(self, name, getattr(self, name) is None or is_int(getattr(self, name), 1), "an int from 1, or None")
         check(
+            self,
             "rbm_word_ids",
-            ids == sorted(set(ids)) and (not ids or (0 <= ids[0] and ids[-1] < vocab_size)),
+            all(is_int(i, 0) for i in ids) and ids == sorted(set(ids)) and (not ids or ids[-1] < vocab_size),
             f"token ids, ascending, unique, from 0 to {vocab_size - 1}",
         )
-        check("rbm_hidden_size", is_int(self.rbm_hidden_size, 1), "an int from 1")
-        check("rbm_num_phrases", is_int(self.rbm_num_phrases, 0), "an int from 0")
-        check("rbm_cause_tokens", is_int(self.rbm_cause_tokens, 0), "an int from 0")
-        check("rbm_visible_type", self.rbm_visible_type in ("gaussian", "binary"), "'gaussian', 'binary'")
-        check("rbm_pooling", self.rbm_pooling in POOLINGS, ", ".join(map(repr, POOLINGS)))
-        check("rbm_guidance", is_number(self.rbm_guidance), "a finite number")
-        check("rbm_guidance_clip", is_number(self.rbm_guidance_clip, 0), "a finite number from 0")
-        check("rbm_guidance_order", self.rbm_guidance_order in WORD_GAIN_ORDERS, ", ".join(WORD_GAIN_ORDERS))
-        check("rbm_rerank_similarity", self.rbm_rerank_similarity in SIMILARITIES, ", ".join(map(repr, SIMILARITIES)))
-        check("rbm_rerank_candidates", is_int(self.rbm_rerank_candidates, 1), "an int from 1")
-        numbers = self.rbm_confidence or (0, 0, 0)
-        check("rbm_confidence", len(numbers) == 3 and all(map(is_number, numbers)), "three finite numbers, or None")
-        for name in ("rbm_rerank_pmi", "rbm_rerank_consensus", "rbm_rerank_length_penalty", *PHRASE_WEIGHTS):
-            check(name, is_number(getattr(self, name)), "a finite number")
-        for name in PHRASE_WEIGHTS:
-            fitted = self.rbm_num_phrases > 0 or getattr(self, name) == 0
-            check(name, fitted, "0 without phrases (rbm_num_phrases is 0: training/fit_phrases.py fits them)")
+        check(self, "rbm_hidden_size", is_int(self.rbm_hidden_size, 1), "an int from 1")
+        check(self, "rbm_num_phrases", is_int(self.rbm_num_phrases, 0), "an int from 0")
+        check(self, "rbm_cause_tokens", is_int(self.rbm_cause_tokens, 0), "an int from 0")
+        check(self, "rbm_visible_type", self.rbm_visible_type in ("gaussian", "binary"), "'gaussian', 'binary'")
+        check(self, "rbm_pooling", self.rbm_pooling in POOLINGS, ", ".join(map(repr, POOLINGS)))
+        for name, length in (("rbm_confidence", 3), ("rbm_match", 2)):
+            value = getattr(self, name)
+            ok = value is None or (
+                isinstance(value, (list, tuple)) and len(value) == length and all(map(is_number, value))
+            )
+            check(self, name, ok, f"a list of {length} finite numbers, or None")
 
 
-BlipRBMConfig.register_for_auto_class()
+@dataclass
+class DecodingSettings:
+    """How the RBM takes part in `generate`. Stored in generation_config.json under these names; an argument of `generate` of the same name
+    overrides one for a call.
 
-__all__ = ["BlipRBMConfig", "BlipTextConfig", "BlipVisionConfig"]
+    Args:
+        rbm_guidance: beta, weight of the word gains (nats) on the decoder's logits. 0: guide is off.
+        rbm_guidance_rarity: by how much, as a share, a word's weight grows with a nat of its rarity (`PhraseBlock.token_rarity`).
+        rbm_guidance_clip: bound on a word's gain, in nats.
+        rbm_guidance_order: how the gains are computed: "exact", or expanded in the word weights to "second" or "first" order, which is
+            many times cheaper (`rbm.word_gains`).
+        rbm_rerank: return the best of the candidates.
+        rbm_rerank_candidates: beams (or samples) among which to choose, at least.
+        rbm_rerank_length_penalty: alpha in log P / length^alpha.
+        rbm_rerank_pmi: weight of the RBM's pointwise mutual information (nats).
+        rbm_rerank_consensus: weight of the mean similarity to the other candidates.
+        rbm_rerank_similarity: which similarity, see `generation_blip_rbm.caption_similarity`.
+        rbm_rerank_cider: weight of the CIDEr-D that the hidden causes let expect of a candidate (`PhraseBlock.expected_cider`).
+        rbm_rerank_rarity: weight of how rare a candidate's words are (nats, `PhraseBlock.rarity`): a larger vocabulary, at a cost in
+            CIDEr-D.
+
+    Raises:
+        ValueError: for an impossible value, naming it and what is allowed.
+    """
+
+    rbm_guidance: float = 0.0
+    rbm_guidance_rarity: float = 0.0
+    rbm_guidance_clip: float = 5.0
+    rbm_guidance_order: str = "second"
+    rbm_rerank: bool = False
+    rbm_rerank_candidates: int = 10
+    rbm_rerank_length_penalty: float = 1.0
+    rbm_rerank_pmi: float = 0.0
+    rbm_rerank_consensus: float = 0.0
+    rbm_rerank_similarity: str = "jaccard"
+    rbm_rerank_cider: float = 0.0
+    rbm_rerank_rarity: float = 0.0
+
+    def __post_init__(self):
+        weights = [name for name in DECODING_SETTINGS if type(getattr(type(self), name)) is float]
+        for name in weights:
+            check(self, name, is_number(getattr(self, name), -1000, 1000), "a number from -1000 to 1000")
+        check(self, "rbm_guidance_clip", self.rbm_guidance_clip >= 0, "a number from 0 to 1000")
+        check(self, "rbm_guidance", abs(self.rbm_guidance) <= 100, "a number from -100 to 100")
+        check(
+            self,
+            "rbm_guidance_order",
+            self.rbm_guidance_order in WORD_GAIN_ORDERS,
+            ", ".join(map(repr, WORD_GAIN_ORDERS)),
+        )
+        check(self, "rbm_rerank", isinstance(self.rbm_rerank, bool), "True, False")
+        check(self, "rbm_rerank_candidates", is_int(self.rbm_rerank_candidates, 1), "an int from 1")
+        check(
+            self,
+            "rbm_rerank_similarity",
+            self.rbm_rerank_similarity in SIMILARITIES,
+            ", ".join(map(repr, SIMILARITIES)),
+        )
+
+    @classmethod
+    def of(cls, generation_config, overrides: dict | None = None) -> "DecodingSettings":
+        """The settings of a generation config, each overridden where `overrides` has a value of its name other than None."""
+        given = {name: getattr(generation_config, name, None) for name in DECODING_SETTINGS} | {
+            name: value for name, value in (overrides or {}).items() if name in DECODING_SETTINGS and value is not None
+        }
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+DECODING_SETTINGS = tuple(field.name for field in fields(DecodingSettings))
+
+
+def check(owner, name: str, ok: bool, allowed: str):
+    """Raises ValueError that names an impossible value and what is allowed."""
+    if not ok:
+        raise ValueError(f"{name} is {getattr(owner, name)!r}; allowed: {allowed}")
+
+
+def is_int(value, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value, least: float = float("-inf"), most: float = float("inf")) -> bool:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return real and isfinite(value) and least <= value <= most
+
+
+def copy_code(folder):
+    """Put the files of this package that a model's folder carries (`HUB_FILES`) into a folder, each whole or not at all. A link there
+    stays a link: its owner has said where the code is."""
+    here = Path(__file__).resolve().parent
+    for name in HUB_FILES:
+        target = Path(folder) / name
+        if target.is_symlink() or not (here / name).exists():
+            continue
+        if target.exists() and target.samefile(here / name):
+            continue
+        part = target.with_name(f".{name}.{os.getpid()}")
+        shutil.copyfile(here / name, part)
+        os.replace(part, target)
+
+
+__all__ = ["BlipRBMConfig", "BlipTextConfig", "BlipVisionConfig", "DecodingSettings"]

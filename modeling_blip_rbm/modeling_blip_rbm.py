@@ -1,54 +1,42 @@
-"""BLIP-RBM: what differs from `transformers.BlipForConditionalGeneration`, and nothing else.
+"""BLIP-RBM: what differs from transformers' BLIP, and nothing else.
 
-    pixel_values -> vision_model -> [projector] -> RBM layer -> text_decoder -> caption
+    pixel_values -> vision tower -> [projector] -> RBM layer -> text decoder -> caption
                                                    |- refine: the hidden causes shift image_embeds, and become tokens beside them
-                                                   |- guide: word gains on the logits     } decoding_blip_rbm.py
+                                                   |- guide: word gains on the logits     } generation_blip_rbm.py
                                                    '- re-rank: candidates by free energy  }
 
-Axes: B images, N image tokens, C width of the vision tower's output, D width that the decoder attends to,
-T text tokens, V = 2C or C pooled image units, H hidden causes, K words of the RBM.
+The tower, the projector and the RBM layer are in vision_blip_rbm.py, the mathematics in rbm.py and phrases_blip_rbm.py. `generate` runs a
+faster copy of all this where it may (inference_blip_rbm.py), with the same results up to rounding.
+
+Axes: B images, N image tokens, C width of the vision tower's output, D width that the decoder attends to, T text tokens, V = 2C or C
+pooled image units, H hidden causes, K words of the RBM, M texts.
 """
 
-import contextvars
-import copy
-import functools
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from transformers import (
-    AutoModel,
-    BlipForConditionalGeneration,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionModel
-from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import BlipForConditionalGeneration
+from transformers.models.blip.modeling_blip import BlipPreTrainedModel
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .configuration_blip_rbm import PHRASE_WEIGHTS, BlipRBMConfig
-from .decoder_blip_rbm import IMAGES_AT_ONCE, ImageCache, ImageCrossAttention, decode, plan_products
-from .decoding_blip_rbm import (
-    ContextLimit,
-    InverseTransformSampling,
-    RBMGuidance,
-    caption_similarity,
-    consensus,
-    rerank_scores,
+from .configuration_blip_rbm import PHRASE_WEIGHTS, BlipRBMConfig, copy_code
+from .generation_blip_rbm import (
+    BlipRBMGenerationMixin,
+    ImageEncoding,
+    blip_generation_config,
     word_columns,
     words_said,
 )
-from .linear_blip_rbm import is_traced, make_packable, product_with, time_ratio, with_packed_linears
+from .inference_blip_rbm import ImageCache, is_capturing_hook
 from .phrases_blip_rbm import PhraseBlock
-from .rbm import JointRBM, bernoulli, gain_weights, pointwise_mutual_information, word_gains
+from .rbm import JointRBM, RBMParameters, pairwise_mutual_information, word_gains
+from .vision_blip_rbm import RBMLayer, VisionProjector, new_vision_tower, pool_tokens, vision_tokens, weights_here
 
 
 try:  # transformers 5: initialises only what a checkpoint did not give
@@ -58,16 +46,142 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-_searching = contextvars.ContextVar("the cache of the beam search that runs", default=None)  # of this thread
-WEIGHTS_OF_GAINS = {
-    order: functools.partial(gain_weights, order=order) for order in ("first", "second")
-}  # each is made once
+
+class BlipRBMPreTrainedModel(BlipPreTrainedModel):
+    """What the captioner and the retrieval head share: weights' initialisation, loading checks, the image's way to the RBM."""
+
+    config_class = BlipRBMConfig
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+    _keep_in_fp32_modules = ["rbm_layer"]  # energies are differences of large sums
+    _no_split_modules = ["BlipEncoderLayer", "BlipTextEmbeddings", "BlipTextLayer", "RBMLayer", "VisionProjector"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, JointRBM):
+            module.reset_parameters(init)
+        elif isinstance(module, RBMLayer):
+            init.zeros_(module.gate)
+        elif isinstance(module, VisionProjector):
+            init.normal_(module.position, mean=0.0, std=self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+    def train(self, mode: bool = True):
+        """As PyTorch's, but the vision tower's batch normalisation keeps the statistics that it was trained with: the batches of a
+        captioner are too small for others, and a frozen tower would change. To train them on purpose, call `model.vision_model.train()`
+        afterwards."""
+        super().train(mode)
+        for module in self.vision_model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As transformers' own.
+
+        Raises:
+            ValueError: if the checkpoint lacks weights of BLIP's, or only some of the RBM's, or has weights that are not finite. Without
+                any RBM it says so: the RBM is then the identity.
+        """
+        kwargs["output_loading_info"] = True
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        check_loaded(model, sorted(info["missing_keys"]), pretrained_model_name_or_path)
+        model._take_decoding_settings()
+        return (model, info) if output_loading_info else model
+
+    def _take_decoding_settings(self):
+        """Decoding settings from a config that still had them go into the generation config, unless it has its own."""
+        for name, value in self._moved_settings.items():
+            if getattr(self.generation_config, name, None) is None:
+                setattr(self.generation_config, name, value)
+
+    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+        """As transformers' own, with the package's code beside the weights, so that `trust_remote_code` finds it."""
+        if is_main_process:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            copy_code(save_directory)
+        return super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+
+    def __getstate__(self):
+        """For pickle and deepcopy, without the hooks by which transformers records attentions: they cannot be pickled, and it installs them
+        again when they are asked for."""
+        for module in self.modules():
+            for key in [key for key, hook in module._forward_hooks.items() if is_capturing_hook(hook)]:
+                del module._forward_hooks[key]
+            module.__dict__.pop("_output_capturing_hooks_installed", None)
+        return self.__dict__.copy()
+
+    # ------------------------------------------------------------------ the image, once
+
+    def vision_hidden_states(self, pixel_values=None, vision_hidden_states=None, **kwargs) -> torch.Tensor:
+        """(B, N, C): the vision tower's output for images (B, 3, S, S), or what was computed before (`training/lib/features.py`).
+
+        Raises:
+            ValueError: if both or neither are given, or a pixel is not a finite number.
+        """
+        if (pixel_values is None) == (vision_hidden_states is None):
+            raise ValueError("give either pixel_values or vision_hidden_states (the tower's cached output)")
+        if vision_hidden_states is not None:
+            return vision_hidden_states.to(self.dtype)
+        check_pixels(pixel_values)
+        return vision_tokens(self.vision_model(pixel_values.to(self.dtype), **kwargs))
+
+    @torch.no_grad()
+    def image_free_energy(self, pixel_values=None, vision_hidden_states=None) -> torch.Tensor:
+        """F(x) (B,) of the image block alone, in nats: high for images unlike those that the RBM was trained on."""
+        return self._free_energy(self.vision_hidden_states(pixel_values, vision_hidden_states))
+
+    def _free_energy(self, tokens: torch.Tensor) -> torch.Tensor:
+        rbm = self.rbm_layer.rbm
+        with weights_here(rbm):
+            return rbm.free_energy(rbm.standardise(pool_tokens(tokens, self.config.rbm_pooling)))
+
+    def rbm_parameters(self) -> RBMParameters:
+        """The RBM's parameters in fp32, for the functions of rbm.py."""
+        rbm = self.rbm_layer.rbm
+        with weights_here(rbm) as moved:
+            parameters = rbm.parameters_fp32
+            return RBMParameters(*(None if p is None else p.clone() for p in parameters)) if moved else parameters
 
 
-def _files_of_the_package():  # never called: transformers copies along with a model the files that this one imports
-    from .pipeline_blip_rbm import BlipRBMImageToTextPipeline  # noqa: F401
-    from .processing_blip_rbm import BlipRBMProcessor  # noqa: F401
-    from .retrieval_blip_rbm import BlipRBMForImageTextRetrieval  # noqa: F401
+def check_loaded(model, missing: list[str], source):
+    """Raises ValueError if what was loaded is no whole model; warns if it has no RBM."""
+    of_rbm = [name for name in missing if name.startswith("rbm_layer.")]
+    if without := [name for name in missing if name not in of_rbm]:
+        raise ValueError(
+            f"{source} lacks the weights {', '.join(without[:5])}{' and others' if len(without) > 5 else ''}: the file is "
+            "incomplete, or of another kind of model. Use a whole checkpoint"
+        )
+    machine = [name for name in of_rbm if name.startswith("rbm_layer.rbm.")]
+    if machine and len(machine) < len([*model.rbm_layer.rbm.state_dict()]):
+        raise ValueError(
+            f"{source} has only a part of an RBM: it lacks {', '.join(machine)}. Use a whole checkpoint, or train its "
+            "RBM anew (training/train_rbm.py)"
+        )
+    if of_rbm:
+        logger.warning(
+            f"{source} has no RBM weights ({', '.join(of_rbm)}). They were initialised as the identity: captions are "
+            "those of BLIP until the RBM is trained (training/train_rbm.py)."
+        )
+    plain = {n: t for n, t in model.state_dict().items() if type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta}
+    broken = [n for n, t in plain.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        raise ValueError(
+            f"{source} has NaN or infinite values in {', '.join(broken[:5])}{' and others' if len(broken) > 5 else ''}. "
+            "The file is damaged or training diverged: use an earlier checkpoint."
+        )
+
+
+def check_pixels(pixel_values: torch.Tensor):
+    """Raises ValueError if a pixel on a CPU is NaN or infinite. A GPU would have to be waited for."""
+    if (
+        pixel_values.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.isfinite(pixel_values.sum())
+    ):
+        raise ValueError("pixel_values has NaN or infinite values: look at the images and at how they were processed")
 
 
 @dataclass
@@ -83,50 +197,11 @@ class BlipRBMOutput(ModelOutput):
     cross_attentions: Optional[tuple] = None
 
 
-class ImageEncoding(NamedTuple):
-    """An image, encoded once."""
+class ImageCrossAttention(BlipTextSelfAttention):
+    """BLIP's cross-attention, which reads the image tokens' mask: it arrives under the name that BLIP's does not read."""
 
-    image_embeds: torch.Tensor  # (B, N, D) what the decoder attends to
-    hidden_input: torch.Tensor  # a (B, H), the RBM's hidden input from the image alone
-
-
-def vision_tokens(outputs) -> torch.Tensor:
-    """(B, N, C) of a vision tower's output: a token sequence as it is, a feature map (B, C, H, W) row by row."""
-    states = outputs.last_hidden_state
-    return states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
-
-
-def image_tokens(tower: nn.Module, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-    """(B, N, C) of images (B, 3, S, S) by a vision tower. On a CPU `IMAGES_AT_ONCE`, whose feature maps stay in its caches and in memory that
-    the process has already: 16 images take up to twice the time at once. Not where gradients keep all feature maps anyway."""
-    whole = pixel_values.device.type != "cpu" or torch.is_grad_enabled() or tower.training or is_traced()
-    pieces = [pixel_values] if whole else pixel_values.split(IMAGES_AT_ONCE)
-    return torch.cat([vision_tokens(tower(some, **kwargs)) for some in pieces])
-
-
-def folded_tower(tower: nn.Module) -> nn.Module:
-    """A copy of a vision tower that computes the same, to rounding, in less time: every batch normalisation in the convolution before
-    it (Jacob et al., CVPR 2018), no copy of what ReLU6 cuts off. For inference alone: there is nothing left to train or to save."""
-    tower = copy.deepcopy(tower).eval()
-    for module in list(tower.modules()):
-        if isinstance(module, nn.ReLU6):
-            module.inplace = True
-        children = list(module.named_children())
-        for (name, first), (next_name, second) in pairwise(children):
-            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(first, second))
-                setattr(module, next_name, nn.Identity())
-    return tower.requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def pool_tokens(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
-    """(B, N, C) -> (B, 2C) [CLS ; mean of the others] for "cls_mean" (SAIL, arXiv 2412.04616), (B, C) for "mean", (B, 2C)
-    [mean ; greatest of each channel] for "mean_max", which keeps what is small in the image."""
-    if pooling == "mean":
-        return tokens.mean(1)
-    if pooling == "mean_max":
-        return torch.cat([tokens.mean(1), tokens.amax(1)], dim=-1)
-    return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=-1)
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        return super().forward(hidden_states, encoder_attention_mask=attention_mask, **kwargs)
 
 
 def caption_loss(logits, labels, label_smoothing: float = 0.0):
@@ -135,154 +210,26 @@ def caption_loss(logits, labels, label_smoothing: float = 0.0):
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), label_smoothing=label_smoothing)
 
 
-class VisionProjector(nn.Module):
-    """From the tokens of a tower that is not BLIP's to what BLIP's decoder attends to: the Llava pattern."""
-
-    def __init__(self, num_tokens: int, in_size: int, out_size: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(in_size)
-        self.linear = nn.Linear(in_size, out_size)
-        self.output_norm = nn.LayerNorm(out_size)
-        self.position = nn.Parameter(torch.zeros(num_tokens, out_size))
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, N, C) -> (B, N, D)
-        if tokens.shape[1] != self.position.shape[0]:
-            raise ValueError(
-                f"the vision tower gave {tokens.shape[1]} tokens an image, but the model was built for "
-                f"{self.position.shape[0]}: resize images to what the processor of this model says"
-            )
-        return self.output_norm(self.linear(self.norm(tokens))) + self.position
-
-
-class RBMLayer(nn.Module):
-    """The RBM between vision tower and decoder, and the one way in which it changes image_embeds: `refine`."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.pooling = config.rbm_pooling
-        self.rbm = JointRBM(
-            config.rbm_visible_size, len(config.rbm_word_ids), config.rbm_hidden_size, config.rbm_visible_type
-        )
-        width, self.cause_tokens = config.text_config.encoder_hidden_size, config.rbm_cause_tokens
-        self.shift = nn.Linear(config.rbm_hidden_size, width, bias=False)
-        if self.cause_tokens:
-            self.causes = nn.Linear(config.rbm_hidden_size, self.cause_tokens * width, bias=False)
-        self.phrases = None
-        if config.rbm_num_phrases:
-            self.phrases = PhraseBlock(config.rbm_num_phrases, config.rbm_hidden_size, config.text_config.vocab_size)
-        self.gate = nn.Parameter(torch.zeros(1))  # 0: refine is the identity, and so a converted BLIP is BLIP
-
-    def hidden_input(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, N, C) -> a (B, H)
-        return self.rbm.hidden_input(self.rbm.standardise(pool_tokens(tokens, self.pooling)))
-
-    def refine(self, image_embeds: torch.Tensor, hidden_input: torch.Tensor) -> torch.Tensor:
-        """(B, N, D), or (B, N + m, D) with m cause tokens, of image_embeds (B, N, D) and a (B, H)."""
-        q = torch.sigmoid(hidden_input).to(self.shift.weight.dtype)
-        refined = image_embeds + (self.gate * self.shift(q))[:, None].to(image_embeds.dtype)
-        if self.cause_tokens and self.gate != 0:  # a token of zeros would still draw attention
-            tokens = (self.gate * self.causes(q)).view(len(q), self.cause_tokens, -1)
-            refined = torch.cat([refined, tokens.to(refined.dtype)], 1)
-        return refined
-
-
-class ImageSelfAttention(BlipAttention):
-    """The attention of BLIP's vision tower without ever holding all (N, N) weights: by PyTorch's fused kernel, or in half precision on a
-    CPU where that is slow, some rows at a time. As BLIP computes it where the weights are asked for, and with
-    `attn_implementation="eager"`.
-
-    Args:
-        whole: config of the whole model, whose attn_implementation counts: BLIP's towers know "eager" alone.
-    """
-
-    def __init__(self, config, whole):
-        super().__init__(config)
-        self.whole = whole
-
-    def forward(self, hidden_states, *args, **kwargs):
-        wanted = kwargs.get("output_attentions") or (args and args[-1] is True) or self.config.output_attentions
-        if wanted or self.whole._attn_implementation == "eager":
-            return super().forward(hidden_states, *args, **kwargs)
-        rows, length, width = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(rows, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        on_cpu = hidden_states.device.type == "cpu" and not self.training
-        if on_cpu and not fused_attention_pays(hidden_states.dtype, torch.get_num_threads()):
-            context = attention_by_blocks(*qkv, self.scale)
-        else:
-            dropout = self.dropout.p if self.training else 0.0
-            context = F.scaled_dot_product_attention(*qkv, dropout_p=dropout, scale=self.scale).transpose(1, 2)
-        return self.projection(context.reshape(rows, length, width)), None
-
-
-def attention_by_blocks(query, key, value, scale: float, block: int = 192) -> torch.Tensor:
-    """(B, N, heads, d) softmax(scale Q K') V of (B, heads, N, d) each, about `block` queries of an image at a time, so that what lies
-    between the products stays in the cache: in bf16 two thirds of the time of all at once."""
-    blocks = max(1, round(query.shape[2] / block))  # of the same size: one of a few rows takes as long as a whole one
-    images = [
-        torch.cat([(some @ k.transpose(1, 2)).softmax(-1) @ v for some in q.chunk(blocks, 1)], 1)
-        for q, k, v in zip(query * scale, key.contiguous(), value.contiguous())
-    ]
-    return torch.stack(images).transpose(1, 2)
-
-
-@functools.lru_cache
-def fused_attention_pays(dtype: torch.dtype, threads: int) -> bool:
-    """Whether PyTorch's fused kernel is faster here than `attention_by_blocks`: measured once, on an image of BLIP-base's tower, 50 ms. With
-    bfloat16 and matrix units (AMX) it takes half of the time, without them twice; in fp32 it always was faster.
-
-    Args:
-        threads: of PyTorch, on which the answer depends.
-    """
-    if dtype == torch.float32 or is_traced():
-        return True
-    qkv = torch.linspace(-1, 1, 3 * 12 * 577 * 64).to(dtype).view(3, 1, 577, 12, 64).transpose(2, 3)
-    fused, by_blocks = lambda: F.scaled_dot_product_attention(*qkv), lambda: attention_by_blocks(*qkv, 0.125)
-    return time_ratio(fused, by_blocks, times=3) < 1
-
-
-def _tower_output_shape(config) -> tuple[int, int]:
-    """(N, C) that the tower of this config gives for an image, found by running it without weights or arithmetic."""
-    size = getattr(config.vision_config, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else size
-    with torch.device("meta"):
-        tower = AutoModel.from_config(config.vision_config).eval()
-        channels = getattr(config.vision_config, "num_channels", 3)
-        return tuple(vision_tokens(tower(pixel_values=torch.zeros(1, channels, height, width))).shape[1:])
-
-
-def new_vision_tower(config) -> nn.Module:
-    """The tower of a config, without weights; writes the shape of its output into the config if it is not there."""
-    if not config.has_blip_tower:
-        if config.num_image_tokens is None or config.vision_hidden_size is None:
-            config.num_image_tokens, config.vision_hidden_size = _tower_output_shape(config)
-        return AutoModel.from_config(config.vision_config)
-    config.vision_config._attn_implementation = "eager"
-    tower = BlipVisionModel(config.vision_config)
-    for layer in tower.encoder.layers:
-        layer.self_attn = ImageSelfAttention(config.vision_config, config)
-    return tower
-
-
-class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMixin):
+class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedModel, BlipForConditionalGeneration):
     """BLIP with an RBM between its vision encoder and its text decoder.
 
-    Differs from [`BlipForConditionalGeneration`] in: any vision tower; `RBMLayer`; the image is encoded once and
-    the *top-level* forward decodes, so generation_config, eos and pad arguments and export work; a loss that masks
-    pads and is right under gradient accumulation; prompts of different lengths in one batch.
+    Differs from [`BlipForConditionalGeneration`] in: any vision tower; `RBMLayer`; the image is encoded once and the *top-level* forward
+    decodes, so generation_config, eos and pad arguments and export work; a loss that masks pads and is right under gradient accumulation;
+    prompts of different lengths in one batch.
+
+    ```python
+    model = AutoModelForImageTextToText.from_pretrained("org/blip-rbm", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained("org/blip-rbm", trust_remote_code=True)
+    processor.captions(model.generate(**processor(images=photos)))
+    ```
     """
 
-    config_class = BlipRBMConfig
-    main_input_name = "input_ids"  # of the forward that decodes
-    _supports_sdpa = True
     accepts_loss_kwargs = False  # the loss is a mean over this batch: Trainer must divide by the accumulation steps
-    # while captions are generated on a CPU. False: slower, but their weights are not in memory twice; "int8": faster, in 8 bits
-    pack_linears = True
-    _keep_in_fp32_modules = ["rbm_layer"]  # energies are differences of large sums
-    _no_split_modules = ["BlipEncoderLayer", "BlipTextEmbeddings", "BlipTextLayer", "RBMLayer", "VisionProjector"]
 
     def __init__(self, config):
         # BlipForConditionalGeneration.__init__ would build BLIP's tower whatever the config says
         super(BlipForConditionalGeneration, self).__init__(config)
-        config.text_config._attn_implementation = "eager"  # all that BLIP's own parts know; see ImageSelfAttention
+        config.text_config._attn_implementation = "eager"  # all that BLIP's own decoder knows
         self.vision_model = new_vision_tower(config)
         if config.has_blip_tower:
             self.projector = None
@@ -295,47 +242,15 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             layer.crossattention.self = ImageCrossAttention(config.text_config, True, layer_idx=i)
         config.set_visible_size()
         self.rbm_layer = RBMLayer(config)
-
-        make_packable(self)
-        plan_products(self.text_decoder)
+        # the loss of captions does not reach the words of the RBM, and phrases are fitted to its causes: training/train_rbm.py trains it
+        self.rbm_layer.rbm.requires_grad_(False)
 
         self.decoder_input_ids = config.text_config.bos_token_id
         self.decoder_pad_token_id = config.text_config.pad_token_id
         self.post_init()
         self.generation_config = blip_generation_config(config)
-
-    # ------------------------------------------------------------------ weights: initial, loaded, converted
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        if isinstance(module, JointRBM):
-            module.reset_parameters(init)
-        elif isinstance(module, RBMLayer):
-            init.zeros_(module.gate)
-        elif isinstance(module, VisionProjector):
-            init.normal_(module.position, mean=0.0, std=self.config.initializer_range)
-        else:
-            super()._init_weights(module)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As transformers' own. Says so if the checkpoint has no RBM, and refuses weights that are not finite."""
-        kwargs["output_loading_info"] = True
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        without = sorted(name for name in info["missing_keys"] if name.startswith("rbm_layer."))
-        if without:
-            logger.warning(
-                f"{pretrained_model_name_or_path} has no RBM weights ({', '.join(without)}). They were initialised as "
-                "the identity: captions are those of BLIP until the RBM is trained (training/train_rbm.py)."
-            )
-        broken = [n for n, t in model.state_dict().items() if t.is_floating_point() and not torch.isfinite(t).all()]
-        if broken:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} has NaN or infinite values in {', '.join(broken[:5])}"
-                f"{' and others' if len(broken) > 5 else ''}. The file is damaged or training diverged: use an "
-                "earlier checkpoint."
-            )
-        return (model, info) if output_loading_info else model
+        self._moved_settings = config.__dict__.pop("decoding_settings", {})
+        self._take_decoding_settings()
 
     @classmethod
     def from_blip(cls, blip: Union[str, Path, BlipForConditionalGeneration], **rbm_settings):
@@ -369,17 +284,10 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             vision_hidden_states (B, N, C): the vision tower's output, computed before (`training/lib/features.py`).
             rbm: False leaves image_embeds as BLIP has them.
         """
-        if (pixel_values is None) == (vision_hidden_states is None):
-            raise ValueError("give either pixel_values or vision_hidden_states (the tower's cached output)")
-        if vision_hidden_states is None:
-            extra = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
-            vision_hidden_states = self._vision_hidden_states(pixel_values, **extra)
-        tokens = vision_hidden_states.to(self.dtype)
+        extra = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+        tokens = self.vision_hidden_states(pixel_values, vision_hidden_states, **extra)
         image_embeds = tokens if self.projector is None else self.projector(tokens)
-        hidden_input = self.rbm_layer.hidden_input(tokens)
-        if rbm:
-            image_embeds = self.rbm_layer.refine(image_embeds, hidden_input)
-        return ImageEncoding(image_embeds, hidden_input)
+        return ImageEncoding(*self.rbm_layer(tokens, image_embeds, refine=rbm))
 
     def set_phrases(self, phrases: Optional[PhraseBlock]):
         """Give the RBM these phrases, or, as when it learns on and its causes change, none."""
@@ -387,20 +295,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         self.config.rbm_num_phrases = 0 if phrases is None else len(phrases.numbers)
         if phrases is None:
             for name in PHRASE_WEIGHTS:
-                setattr(self.config, name, 0.0)
-
-    def optimize_for_inference(self):
-        """Fold the vision tower (`folded_tower`), in place; the model itself. Afterwards it captions, but can be neither trained nor
-        saved."""
-        if not self.config.has_blip_tower:
-            self.vision_model = folded_tower(self.vision_model)
-        return self
-
-    def _vision_hidden_states(self, pixel_values, **extra) -> torch.Tensor:  # (B, N, C)
-        pixel_values = pixel_values.to(self.dtype)
-        if not self.config.has_blip_tower:  # a convolutional tower is up to 1.3 times as fast so, on CPUs
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        return image_tokens(self.vision_model, pixel_values, **extra)
+                setattr(self.generation_config, name, 0.0)
 
     @torch.no_grad()
     def image_words(self, hidden_input: torch.Tensor, top_k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -409,20 +304,12 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         Returns:
             P(w_k = 1 | x, no other word) of the top_k words, descending, and their token ids: both (B, top_k).
         """
-        p = self.rbm_layer.rbm.parameters_fp32
+        p = self.rbm_parameters()
         if p.U is None:
             raise ValueError("this RBM has no words: its config's rbm_word_ids is empty")
         prob = torch.sigmoid(p.b + word_gains(p, hidden_input))
         values, columns = prob.topk(min(top_k, prob.shape[-1]), dim=-1)
         return values, torch.tensor(self.config.rbm_word_ids, device=columns.device)[columns]
-
-    @torch.no_grad()
-    def image_free_energy(self, pixel_values=None, vision_hidden_states=None) -> torch.Tensor:
-        """F(x) (B,) of the image block alone, in nats: high for images unlike those that the RBM was trained on."""
-        if vision_hidden_states is None:
-            vision_hidden_states = self._vision_hidden_states(pixel_values)
-        rbm = self.rbm_layer.rbm
-        return rbm.free_energy(rbm.standardise(pool_tokens(vision_hidden_states, self.config.rbm_pooling)))
 
     # ------------------------------------------------------------------ forward: loss, or one step of decoding
 
@@ -459,8 +346,19 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         Returns:
             [`BlipRBMOutput`]; `loss` in nats per token, with `text_config.label_smoothing`.
         """
-        if image_embeds is None:
+        output_attentions, output_hidden_states = (
+            getattr(self.config, name) if given is None else given
+            for name, given in (
+                ("output_attentions", output_attentions),
+                ("output_hidden_states", output_hidden_states),
+            )
+        )
+        if isinstance(past_key_values, ImageCache):
+            image_embeds = past_key_values.image_embeds
+        elif image_embeds is None and (pixel_values is not None or vision_hidden_states is not None):
             image_embeds = self.encode_image(pixel_values, vision_hidden_states, interpolate_pos_encoding).image_embeds
+        elif image_embeds is None:
+            image_embeds = self._image_of_cache(past_key_values)
         if labels is not None:
             labels = self._masked_labels(labels, attention_mask)
             if input_ids is None:
@@ -469,12 +367,14 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             input_ids = torch.full((image_embeds.shape[0], 1), self.decoder_input_ids, device=image_embeds.device)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if isinstance(
+            past_key_values, ImageCache
+        ):  # one step of `generate`, which made this cache: inference_blip_rbm.py
+            logits = past_key_values.logits(input_ids, attention_mask, position_ids, encoder_attention_mask, keep)
+            return BlipRBMOutput(logits=logits, past_key_values=past_key_values, image_embeds=image_embeds)
 
-        if encoder_attention_mask is not None and len(encoder_attention_mask) > len(image_embeds):
-            # generate repeats it for every beam; with an ImageCache there is one of each image
-            encoder_attention_mask = encoder_attention_mask[:: len(encoder_attention_mask) // len(image_embeds)]
-
-        outputs = self._text_states(
+        outputs = self.text_decoder.bert(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -484,11 +384,10 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             use_cache=use_cache if labels is None else False,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            is_decoder=True,
+            return_dict=True,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.text_decoder.cls(outputs.last_hidden_state[:, keep])
-        if isinstance(past_key_values, ImageCache):
-            logits = past_key_values.all_rows(logits)
         loss = None if labels is None else caption_loss(logits, labels, self.config.text_config.label_smoothing)
         return BlipRBMOutput(
             loss=loss,
@@ -500,19 +399,15 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             cross_attentions=outputs.cross_attentions,
         )
 
-    def _text_states(self, input_ids, **inputs) -> BaseModelOutputWithPastAndCrossAttentions:
-        """What the text decoder makes of tokens, given its inputs by BLIP's names: the lean way (`decode`, of the rows that the cache says are
-        left) if the image's keys and values are cached and nothing is to be recorded, else BLIP's own."""
-        cache, text_config = inputs["past_key_values"], self.config.text_config
-        recorded = any(
-            getattr(text_config, name) if inputs[name] is None else inputs[name]
-            for name in ("output_attentions", "output_hidden_states")
-        )
-        if not isinstance(cache, ImageCache) or recorded or self.training:
-            return self.text_decoder.bert(input_ids, **inputs, is_decoder=True, return_dict=True)
-        masks = inputs["attention_mask"], inputs["position_ids"], inputs["encoder_attention_mask"]
-        states = decode(self.text_decoder.bert, input_ids, cache, *masks)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states, past_key_values=cache)
+    def _image_of_cache(self, past_key_values) -> torch.Tensor:
+        """Stands for image_embeds where the cache holds the image's keys and values already: a token that nobody reads."""
+        updated = getattr(past_key_values, "is_updated", {})
+        if not updated or not all(updated.values()):
+            raise ValueError(
+                "give an image: pixel_values, vision_hidden_states (the tower's cached output) or image_embeds"
+            )
+        keys = past_key_values.cross_attention_cache.layers[0].keys
+        return keys.new_zeros(len(keys), 1, self.config.text_config.encoder_hidden_size)
 
     def _masked_labels(self, labels, attention_mask):
         ignored = labels == self.decoder_pad_token_id
@@ -531,8 +426,6 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         input_ids[:, 0] = self.decoder_input_ids  # masked_fill made a copy: the caller's labels stay as they are
         return input_ids
 
-    # ------------------------------------------------------------------ generate
-
     def prepare_inputs_for_generation(
         self,
         input_ids,
@@ -541,7 +434,6 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
         image_embeds=None,
         encoder_attention_mask=None,
         use_cache=True,
-        logits_to_keep=None,
         output_attentions=None,
         output_hidden_states=None,
         **kwargs,
@@ -551,7 +443,7 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             "input_ids": input_ids[:, past_length:],
             "past_key_values": past_key_values,
             "attention_mask": attention_mask,
-            "image_embeds": past_key_values.image_embeds if isinstance(past_key_values, ImageCache) else image_embeds,
+            "image_embeds": image_embeds,
             "encoder_attention_mask": encoder_attention_mask,
             "use_cache": use_cache,
             "logits_to_keep": 1,
@@ -559,307 +451,107 @@ class BlipRBMForConditionalGeneration(BlipForConditionalGeneration, GenerationMi
             "output_hidden_states": output_hidden_states,
         }
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
-        """Transformers' own, which on a CPU draws tokens by `InverseTransformSampling`, unless their scores are asked for."""
-        if generation_config.do_sample and not generation_config.output_scores and input_ids.device.type == "cpu":
-            logits_processor = LogitsProcessorList([*logits_processor, InverseTransformSampling()])
-            generation_config = copy.copy(generation_config)
-            generation_config.do_sample = False
-        return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs)
-
-    def _beam_search(self, *args, **kwargs):
-        token = _searching.set(kwargs.get("past_key_values"))
-        try:
-            return super()._beam_search(*args, **kwargs)
-        finally:
-            _searching.reset(token)
-
-    def _check_early_stop_heuristic(self, *args, **kwargs):
-        """(B, 1) for which images beam search, which asks after every step, goes on: the cache leaves out the others."""
-        going_on = super()._check_early_stop_heuristic(*args, **kwargs)
-        if isinstance(cache := _searching.get(), ImageCache):
-            cache.going_on = going_on
-        return going_on
-
     def get_output_embeddings(self):
         return self.text_decoder.get_output_embeddings()
 
     def set_output_embeddings(self, value):
         self.text_decoder.set_output_embeddings(value)
 
-    @torch.no_grad()
-    @with_packed_linears
-    def generate(
-        self,
-        pixel_values: Optional[torch.Tensor] = None,
-        input_ids: Optional[torch.LongTensor] = None,
-        attention_mask: Optional[torch.LongTensor] = None,
-        interpolate_pos_encoding: bool = False,
-        vision_hidden_states: Optional[torch.Tensor] = None,
-        encoding: Optional[ImageEncoding] = None,
-        rbm: bool = True,
-        rbm_guidance: Optional[float] = None,
-        rbm_rerank: Optional[bool] = None,
-        rbm_diversity: float = 0.0,
-        logits_processor: Optional[LogitsProcessorList] = None,
-        stopping_criteria: Optional[StoppingCriteriaList] = None,
-        **generate_kwargs,
-    ):
-        """Captions of images, with the RBM's strategies.
 
-        Args:
-            pixel_values (B, 3, S, S): or `vision_hidden_states` (B, N, C), or `encoding` from `encode_image`.
-            input_ids (B, T): prompts, of any lengths (padded on either side); a final [SEP] is dropped and the first
-                token becomes [DEC]. Not changed in place.
-            rbm: False switches refine, guide and re-rank off together: plain BLIP.
-            rbm_guidance: beta of `guide` in place of `config.rbm_guidance`.
-            rbm_rerank: `re-rank` on or off in place of `config.rbm_rerank`. Candidates are beams (num_beams is raised
-                to `config.rbm_rerank_candidates`), or samples with `do_sample=True`.
-            rbm_diversity: weight of sampled hidden causes. Each of the `num_return_sequences` captions of an image is guided
-                by causes of its own, h ~ P(h | x), so that they are about different things; not re-ranked.
-            generate_kwargs: of `GenerationMixin.generate`: num_beams, max_new_tokens, eos_token_id, ...
+@dataclass
+class BlipRBMRetrievalOutput(ModelOutput):
+    """How well each image and each text go together."""
 
-        Returns:
-            token ids (B * num_return_sequences, T), or with `return_dict_in_generate=True` an output whose
-            `rerank_scores` (B * num_return_sequences) are those that chose.
+    logits_per_image: Optional[torch.FloatTensor] = None  # (B, M) PMI of image and words, nats
+    logits_per_text: Optional[torch.FloatTensor] = None  # (M, B) the same
+    match_probability: Optional[torch.FloatTensor] = None  # (B, M) chance that the text was written for the image
+    image_free_energy: Optional[torch.FloatTensor] = None  # (B,) F(x), high for images unlike the training images
 
-        Raises:
-            ValueError: if the prompt leaves no room for a new token, or the RBM cannot do what is asked.
-        """
-        beta = (self.config.rbm_guidance if rbm_guidance is None else rbm_guidance) if rbm else 0.0
-        rerank = (self.config.rbm_rerank if rbm_rerank is None else rbm_rerank) if rbm else False
-        diversity = rbm_diversity if rbm else 0.0
-        if (beta or rerank or diversity) and not self.config.rbm_word_ids:
+
+class BlipRBMForImageTextRetrieval(BlipRBMPreTrainedModel):
+    """Image-text retrieval and matching by the RBM of a BLIP-RBM.
+
+    The similarity (BLIP's ITC) is the pointwise mutual information of image and words under the RBM: a difference of free energies, of
+    the image and the text's words. The matching head (BLIP's ITM) is a logistic function of it, fitted against hard negatives, the texts
+    of other images that the energy likes best (`training/capfilt.py`): `config.rbm_match`.
+
+    ```python
+    model = AutoModelForZeroShotImageClassification.from_pretrained("org/blip-rbm", trust_remote_code=True)
+    inputs = processor(images=photos) | processor(text=["a dog on the beach", "two men on bikes"])
+    model(**inputs).logits_per_image
+    ```
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^text_decoder\.", r"^projector\."]  # the captioner's
+
+    def __init__(self, config):
+        super().__init__(config)
+        if not config.rbm_word_ids:
             raise ValueError(
-                "rbm_guidance, rbm_rerank and rbm_diversity need an RBM with words, but config.rbm_word_ids is empty"
+                "texts are compared by the RBM's words, but config.rbm_word_ids is empty: train it with words"
             )
-        if encoding is None:
-            encoding = self.encode_image(pixel_values, vision_hidden_states, interpolate_pos_encoding, rbm)
-        if input_ids is None:
-            device = encoding.image_embeds.device
-            input_ids = torch.full((encoding.image_embeds.shape[0], 1), self.decoder_input_ids, device=device)
-            attention_mask = torch.ones_like(input_ids)
-        else:
-            input_ids, attention_mask = self._left_padded_prompts(input_ids, attention_mask)
+        self.vision_model = new_vision_tower(config)
+        config.set_visible_size()
+        self.rbm_layer = RBMLayer(config)
+        self.post_init()
+        self._moved_settings = {}
 
-        limit = self.config.text_config.max_position_embeddings
-        logits_processor = LogitsProcessorList(logits_processor or [])
-        if diversity:
-            rerank, n = False, _setting(generate_kwargs, self.generation_config, "num_return_sequences", 1)
-            generate_kwargs["num_return_sequences"] = 1
-            input_ids, attention_mask = input_ids.repeat_interleave(n, 0), attention_mask.repeat_interleave(n, 0)
-            hidden_input = encoding.hidden_input.repeat_interleave(n, 0)
-            causes = bernoulli(torch.sigmoid(hidden_input))
-            logits_processor.append(self._guidance(hidden_input, beta, causes=causes, diversity=diversity))
-        elif beta:
-            logits_processor.append(self._guidance(encoding.hidden_input, beta))
-        generate_kwargs.update(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            logits_processor=logits_processor,
-            stopping_criteria=StoppingCriteriaList([*(stopping_criteria or []), ContextLimit(limit)]),
-        )
-        if generate_kwargs.get("use_cache") is False or generate_kwargs.get("past_key_values") is not None:
-            generate_kwargs["image_embeds"] = encoding.image_embeds
-        else:
-            generate_kwargs["past_key_values"] = ImageCache(self.text_decoder, encoding.image_embeds)
-        if rerank:
-            return self._generate_reranked(encoding, **generate_kwargs)
-        return GenerationMixin.generate(self, **generate_kwargs)
+    def get_image_features(self, pixel_values=None, vision_hidden_states=None) -> torch.Tensor:
+        """a (B, H): the hidden input from images (B, 3, S, S), or from the tower's output (B, N, C)."""
+        return self.rbm_layer.hidden_input(self.vision_hidden_states(pixel_values, vision_hidden_states))
 
-    def _left_padded_prompts(self, input_ids, attention_mask):
-        """Per row: pads and a final [SEP] dropped, first token [DEC]; then padded on the left. New tensors."""
-        if isinstance(input_ids, list):
-            input_ids = torch.tensor(input_ids, device=self.device)
-        if attention_mask is None:
-            attention_mask = (input_ids != self.decoder_pad_token_id).long()
-        sep, limit = self.config.text_config.sep_token_id, self.config.text_config.max_position_embeddings
-        rows = []
-        for ids, mask in zip(input_ids, attention_mask):
-            ids = ids[mask.bool()]
-            ids = ids[:-1] if len(ids) > 1 and ids[-1] == sep else ids
-            if len(ids) >= limit:
-                raise ValueError(
-                    f"the prompt has {len(ids)} tokens, but the decoder's context has {limit}, of which at least one "
-                    "must be left for the caption: shorten the prompt"
-                )
-            rows.append(torch.cat([ids.new_tensor([self.decoder_input_ids]), ids[1:]]))
-        longest = max(len(row) for row in rows)
-        ids = torch.stack([F.pad(row, (longest - len(row), 0), value=self.decoder_pad_token_id) for row in rows])
-        mask = torch.stack([F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
-        return ids, mask
+    def get_text_features(self, input_ids, attention_mask=None) -> torch.Tensor:
+        """w (M, K) in {0, 1}: which of the RBM's words stand in the texts (M, T)."""
+        if attention_mask is not None:
+            input_ids = input_ids.masked_fill(attention_mask == 0, self.config.text_config.pad_token_id)
+        word_ids = self.config.rbm_word_ids
+        columns = word_columns(word_ids, self.config.text_config.vocab_size, input_ids.device)
+        return words_said(input_ids, columns, len(word_ids))
 
-    def _guidance(self, hidden_input, beta: float, **causes) -> RBMGuidance:
-        config, rbm = self.config, self.rbm_layer.rbm
-        p, order, product = rbm.parameters_fp32, config.rbm_guidance_order, None
-        if order != "exact" and self.pack_linears:
-            product = product_with(rbm, p.U, WEIGHTS_OF_GAINS[order])
-        vocab_size, clip = config.text_config.vocab_size, config.rbm_guidance_clip
-        if config.rbm_guidance_rarity:
-            words = torch.tensor(config.rbm_word_ids, device=hidden_input.device)
-            beta = beta * (1 + config.rbm_guidance_rarity * self.rbm_layer.phrases.token_rarity(words))
-        return RBMGuidance(
-            p, hidden_input, config.rbm_word_ids, vocab_size, beta, clip, order, product=product, **causes
-        )
-
-    @torch.no_grad()
-    def score_captions(self, encoding: ImageEncoding, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """log P(caption | image) by the decoder alone, in nats.
-
-        Args:
-            sequences (B * n, T): as `generate` returns them, an image's n captions adjacent. Pads on the left, and
-                whatever follows the first [SEP] (transformers 5 fills beams up with it), do not count.
-
-        Returns:
-            log-probability (B * n,) and number of tokens scored (B * n,), [SEP] included.
-        """
-        is_sep = (sequences == self.config.text_config.sep_token_id).long()
-        before_end = is_sep.cumsum(1) - is_sep == 0
-        mask = (before_end & (sequences != self.decoder_pad_token_id)).long()
-        cache = ImageCache(self.text_decoder, encoding.image_embeds)
-        logits = self(
-            input_ids=sequences,
-            attention_mask=mask,
-            image_embeds=cache.image_embeds,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        log_prob = logits[:, :-1].float().log_softmax(-1).gather(-1, sequences[:, 1:, None])[..., 0]
-        counted = mask[:, 1:] * mask[:, :-1]
-        return (log_prob * counted).sum(-1), counted.sum(-1)
-
-    def _score_generated(self, outputs, prompt_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `score_captions`, of the tokens after the prompt, from the logits (steps of (R, vocabulary)) that `generate` has computed
-        anyway: decoding them once more took as long as decoding them. There may be more steps than the longest candidate has tokens.
-
-        transformers' `compute_transition_scores` gives the same, but copies all logits several times: 16 images with 10 beams took three times
-        as long and 280 MB more."""
-        tokens = outputs.sequences[:, prompt_length:]
-        is_sep = (tokens == self.config.text_config.sep_token_id).long()
-        counted = (is_sep.cumsum(1) - is_sep == 0) & (tokens != self.decoder_pad_token_id)
-        # in which row of the step's logits a token was chosen, -1 after the end
-        rows = getattr(outputs, "beam_indices", None)
-        if rows is None:
-            rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
-        rows = rows[:, : tokens.shape[1]].clamp(min=0)
-        log_prob = []
-        for logits, row, token in zip(outputs.logits, rows.T, tokens.T):
-            used, place = row.unique(return_inverse=True)  # candidates share what they begin with
-            log_prob.append(logits[used].log_softmax(-1)[place, token])
-        log_prob = torch.stack(log_prob, 1)
-        return (log_prob * counted).sum(-1), counted.sum(-1)
-
-    def _generate_reranked(self, encoding: ImageEncoding, **kwargs):
-        config = self.config
-        defaults = self.generation_config
-        wanted = _setting(kwargs, defaults, "num_return_sequences", 1)
-        num_beams = _setting(kwargs, defaults, "num_beams", 1)
-        n = max(config.rbm_rerank_candidates, wanted)
-        kwargs["num_return_sequences"] = n
-        if not _setting(kwargs, defaults, "do_sample", False) or num_beams > 1:
-            kwargs["num_beams"] = max(num_beams, n)
-        as_dict = _setting(kwargs, defaults, "return_dict_in_generate", False)
-        with_logits = _setting(kwargs, defaults, "output_logits", False)
-        outputs = GenerationMixin.generate(self, **kwargs | {"return_dict_in_generate": True, "output_logits": True})
-        sequences = outputs.sequences
-        scored = self._score_generated(outputs, prompt_length=kwargs["input_ids"].shape[1])
-        scores = self.candidate_scores(encoding, sequences, scored)  # (B, n)
-        best, order = scores.topk(wanted, dim=1)
-        rows = (order + n * torch.arange(len(order), device=order.device)[:, None]).flatten()
-        if not as_dict:
-            return sequences[rows]
-        if not with_logits:
-            outputs.logits = None
-        outputs.sequences = sequences[rows]
-        for name in ("sequences_scores", "beam_indices"):
-            if getattr(outputs, name, None) is not None:
-                outputs[name] = getattr(outputs, name)[rows]
-        outputs["rerank_scores"] = best.flatten()
-        return outputs
-
-    @torch.no_grad()
-    def caption_evidence(self, encoding: ImageEncoding, sequences: torch.Tensor) -> torch.Tensor:
-        """(B * n, 2) for the captions (B * n, T) of B images: log P per token by the decoder, PMI by the RBM (nats; 0 without
-        words)."""
-        log_prob, length = self.score_captions(encoding, sequences)
-        pmi = torch.zeros_like(log_prob)
-        if self.config.rbm_word_ids:
-            words = self._words_said(sequences).view(len(encoding.image_embeds), -1, len(self.config.rbm_word_ids))
-            p = self.rbm_layer.rbm.parameters_fp32
-            pmi = pointwise_mutual_information(p, encoding.hidden_input[:, None], words).flatten()
-        return torch.stack([log_prob / length.clamp(min=1), pmi], -1)
-
-    def confidence(self, evidence: torch.Tensor) -> torch.Tensor:
-        """Chance (...) that a caption is right, from its `caption_evidence` (..., 2).
+    def match_probability(self, pmi: torch.Tensor) -> torch.Tensor:
+        """Chance that a text was written for an image and not for another one like it, of their PMI.
 
         Raises:
-            ValueError: if the model was never calibrated.
+            ValueError: if the head was never fitted.
         """
-        if self.config.rbm_confidence is None:
-            raise ValueError("config.rbm_confidence is None: calibrate the model with training/evaluate_confidence.py")
-        bias, *weights = self.config.rbm_confidence
-        return torch.sigmoid(bias + evidence @ torch.tensor(weights, dtype=evidence.dtype, device=evidence.device))
+        if self.config.rbm_match is None:
+            raise ValueError("config.rbm_match is None: fit the matching head with training/capfilt.py")
+        bias, weight = self.config.rbm_match
+        return torch.sigmoid(bias + weight * pmi)
 
-    def _words_said(self, sequences: torch.Tensor) -> torch.Tensor:  # (R, T) -> (R, K)
-        word_ids = self.config.rbm_word_ids
-        columns = word_columns(word_ids, self.config.text_config.vocab_size, sequences.device)
-        return words_said(sequences, columns, len(word_ids))
-
-    @torch.no_grad()
-    def candidate_parts(
-        self, encoding: ImageEncoding, sequences: torch.Tensor, similarities=None, scored=None
-    ) -> dict[str, torch.Tensor]:
-        """What re-rank weighs of the candidates (B * n, T) of B images: (B, n) each.
-
+    def forward(
+        self,
+        pixel_values=None,
+        input_ids=None,
+        attention_mask=None,
+        vision_hidden_states=None,
+        token_type_ids=None,
+        return_dict=None,
+    ) -> BlipRBMRetrievalOutput:
+        """
         Args:
-            scored: what `score_captions` gives of them, if it is known.
-            similarities: kinds of `decoding_blip_rbm.caption_similarity`; default the config's.
-
-        Returns:
-            `log_prob` by the decoder (nats), `length` (tokens), `pmi` by the RBM (nats), if it has phrases `cider` that it expects and
-            the words' `rarity` (nats), and of every similarity, under its name, the consensus.
+            pixel_values (B, 3, S, S) or vision_hidden_states (B, N, C). input_ids, attention_mask (M, T): of texts, as the processor
+                makes them. token_type_ids: of tokenizers that give them; not read.
         """
-        config, p = self.config, self.rbm_layer.rbm.parameters_fp32
-        text = config.text_config
-        n = len(sequences) // len(encoding.image_embeds)
-        log_prob, length = scored or self.score_captions(encoding, sequences)
-        words = self._words_said(sequences).view(-1, n, len(config.rbm_word_ids))
-        pmi = pointwise_mutual_information(p, encoding.hidden_input[:, None], words)
-        parts = {"log_prob": log_prob.view(-1, n), "length": length.view(-1, n), "pmi": pmi}
-        q = torch.sigmoid(encoding.hidden_input[:, None] + words @ p.U)
-        special = (text.pad_token_id, text.sep_token_id, text.bos_token_id)
-        sequences = sequences.view(len(words), n, -1)
-        if config.rbm_num_phrases:
-            causes = torch.sigmoid(encoding.hidden_input)
-            parts["cider"] = self.rbm_layer.phrases.expected_cider(causes, sequences, special)
-            parts["rarity"] = self.rbm_layer.phrases.rarity(sequences, special)
-        for kind in (config.rbm_rerank_similarity,) if similarities is None else similarities:
-            parts[kind] = consensus(caption_similarity(sequences, kind, special, q))
-        return parts
-
-    def candidate_scores(self, encoding: ImageEncoding, sequences: torch.Tensor, scored=None) -> torch.Tensor:
-        """(B, n) by which re-rank chooses among the candidates (B * n, T) of B images; `scored` as of `candidate_parts`."""
-        config = self.config
-        similarities = (config.rbm_rerank_similarity,) if config.rbm_rerank_consensus else ()
-        return rerank_scores(self.candidate_parts(encoding, sequences, similarities, scored), vars(config))
+        tokens = self.vision_hidden_states(pixel_values, vision_hidden_states)
+        pmi = pairwise_mutual_information(
+            self.rbm_parameters(),
+            self.rbm_layer.hidden_input(tokens),
+            self.get_text_features(input_ids, attention_mask),
+        )
+        output = BlipRBMRetrievalOutput(
+            logits_per_image=pmi,
+            logits_per_text=pmi.T,
+            match_probability=None if self.config.rbm_match is None else self.match_probability(pmi),
+            image_free_energy=self._free_energy(tokens),
+        )
+        return output.to_tuple() if return_dict is False else output
 
 
-def _setting(kwargs: dict, generation_config, name: str, default):
-    """A setting of `generate` as transformers will see it: an argument, else of the generation config."""
-    value = kwargs.get(name)
-    if value is None:
-        value = getattr(kwargs.get("generation_config") or generation_config, name, None)
-    return default if value is None else value
-
-
-def blip_generation_config(config) -> GenerationConfig:
-    """What stock BLIP hard-codes in `generate`, as a generation config that a caller can override."""
-    text = config.text_config
-    return GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.sep_token_id, pad_token_id=text.pad_token_id
-    )
-
-
-BlipRBMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-
-__all__ = ["BlipRBMForConditionalGeneration", "BlipRBMOutput", "ImageEncoding"]
+__all__ = [
+    "BlipRBMForConditionalGeneration",
+    "BlipRBMForImageTextRetrieval",
+    "BlipRBMOutput",
+    "BlipRBMPreTrainedModel",
+    "BlipRBMRetrievalOutput",
+]

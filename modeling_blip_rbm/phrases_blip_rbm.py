@@ -20,12 +20,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .decoding_blip_rbm import ORDERS, ngram_numbers
 
-
+ORDERS = (1, 2, 3, 4)  # of n-grams, as CIDEr counts them
 SIGMA = 6.0  # of CIDEr-D's penalty for another length
 MAX_LENGTH = 64  # of captions whose length counts as it is
 RARE_FROM = 4.0  # idf: words said of fewer than one image in 55 are rare
+
+
+def ngram_numbers(sequences: torch.Tensor, n: int, ignored: tuple[int, ...], base: int):
+    """The n-grams of token sequences (..., T), each as one number, digits of the base `base` that are never 0: no two n-grams, of one order or
+    of two, have the same.
+
+    Args:
+        ignored: ids of tokens over which no n-gram goes, such as pads.
+        base: greater than every token id + 1. Exact up to n = 4 for a base of 55,000.
+
+    Returns:
+        numbers (..., L) and whether there is an n-gram at all (..., L), L = T - n + 1.
+    """
+    length = sequences.shape[-1] - n + 1
+    dropped = torch.isin(sequences, torch.tensor(ignored, device=sequences.device))
+    number = torch.zeros_like(sequences[..., :length])
+    kept = torch.ones_like(number, dtype=torch.bool)
+    for i in range(n):
+        number = number * base + sequences[..., i : i + length] + 1
+        kept &= ~dropped[..., i : i + length]
+    return number, kept
 
 
 def length_factors(lengths: torch.Tensor) -> torch.Tensor:

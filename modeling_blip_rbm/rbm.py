@@ -421,6 +421,10 @@ class JointRBM(nn.Module):
         x = (pooled.float() - self.image_mean.float()) / self.image_std.float()
         return torch.sigmoid(x) if self.visible_type == "binary" else x
 
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """a (B, H), the hidden input of pooled images (B, V). Hooks of Accelerate and FSDP bring the parameters here for this call."""
+        return self.hidden_input(self.standardise(pooled))
+
     def free_energy(self, x=None, w=None) -> torch.Tensor:
         """F (B,), see `free_energy`."""
         return free_energy(self.parameters_fp32, x, w)

@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from transformers import AutoConfig, CLIPVisionConfig
+from transformers import AutoConfig, CLIPVisionConfig, GenerationConfig
 
-from modeling_blip_rbm import BlipRBMConfig
-from tests.conftest import WORD_IDS, tiny_config
+from modeling_blip_rbm import BlipRBMConfig, DecodingSettings
+from modeling_blip_rbm.configuration_blip_rbm import DECODING_SETTINGS, HUB_FILES, copy_code
+from tests.conftest import REPO, WORD_IDS, tiny_config
 
 
 def test_auto_map_and_pipelines_are_written(tmp_path):
@@ -18,18 +19,18 @@ def test_auto_map_and_pipelines_are_written(tmp_path):
 
 
 def test_round_trip(tmp_path):
-    config = tiny_config(rbm_guidance=0.3, rbm_rerank=True, vision_config=CLIPVisionConfig(hidden_size=36))
+    config = tiny_config(vision_config=CLIPVisionConfig(hidden_size=36))
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(again, BlipRBMConfig) and type(again.vision_config) is CLIPVisionConfig
     assert again.vision_config.hidden_size == 36 and again.rbm_word_ids == WORD_IDS
-    assert (again.rbm_guidance, again.rbm_rerank, again.rbm_hidden_size) == (0.3, True, 7)
+    assert again.rbm_hidden_size == 7
 
 
 def test_defaults_are_blips():
     config = BlipRBMConfig()
     assert config.has_blip_tower and config.rbm_pooling == "cls_mean" and config.rbm_visible_size == 2 * 768
-    assert config.text_config.encoder_hidden_size == 768 and config.rbm_guidance == 0
+    assert config.text_config.encoder_hidden_size == 768
 
 
 def test_encoder_width_of_another_tower():
@@ -48,12 +49,16 @@ def test_encoder_width_of_another_tower():
         ("rbm_word_ids", [99999], "token ids, ascending, unique, from 0 to"),
         ("rbm_visible_type", "softmax", "'gaussian', 'binary'"),
         ("rbm_pooling", "max", "'cls_mean', 'mean', 'mean_max'"),
-        ("rbm_guidance", float("nan"), "a finite number"),
-        ("rbm_guidance", "strong", "a finite number"),
-        ("rbm_guidance_clip", -1, "a finite number from 0"),
-        ("rbm_guidance_order", "third", "exact, second, first"),
+        ("rbm_guidance", float("nan"), "a number from -1000 to 1000"),
+        ("rbm_guidance", 1e9, "a number from -1000 to 1000"),
+        ("rbm_guidance_clip", -1, "a number from 0 to 1000"),
+        ("rbm_guidance", 200, "a number from -100 to 100"),
+        ("rbm_rerank", "no", "True, False"),
+        ("rbm_confidence", [], "a list of 3 finite numbers"),
+        ("rbm_match", [1.0, float("nan")], "a list of 2 finite numbers"),
+        ("rbm_guidance_order", "third", "'exact', 'second', 'first'"),
         ("rbm_rerank_candidates", 0, "an int from 1"),
-        ("rbm_rerank_pmi", float("inf"), "a finite number"),
+        ("rbm_rerank_pmi", float("inf"), "a number from -1000 to 1000"),
         ("num_image_tokens", -3, "an int from 1"),
     ],
 )
@@ -61,6 +66,30 @@ def test_impossible_values(name, value, allowed):
     with pytest.raises(ValueError) as error:
         tiny_config(**{name: value})
     assert f"{name} is {value!r}" in str(error.value) and allowed in str(error.value)
+
+
+def test_decoding_settings_of_a_generation_config_and_what_overrides_them():
+    stored = GenerationConfig(rbm_guidance=0.3, rbm_rerank=True)
+    assert DecodingSettings.of(stored) == DecodingSettings(rbm_guidance=0.3, rbm_rerank=True)
+    given = DecodingSettings.of(stored, {"rbm_guidance": 0.0, "rbm_rerank": None, "num_beams": 3})
+    assert given == DecodingSettings(rbm_guidance=0.0, rbm_rerank=True)
+    assert set(DECODING_SETTINGS) == set(given.to_dict()) and len(DECODING_SETTINGS) == 12
+
+
+def test_every_file_of_the_package_goes_to_the_hub_but_two():
+    files = {file.name for file in (REPO / "modeling_blip_rbm").glob("*.py")}
+    assert set(HUB_FILES) == files - {"__init__.py", "__main__.py"}
+
+
+def test_code_is_copied_whole_and_never_through_a_link(tmp_path):
+    (tmp_path / "far.py").write_text("another's")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "rbm.py").symlink_to(tmp_path / "far.py")
+    copy_code(tmp_path / "model")
+    assert (tmp_path / "far.py").read_text() == "another's" and (tmp_path / "model" / "rbm.py").is_symlink()
+    assert {file.name for file in (tmp_path / "model").iterdir()} == set(HUB_FILES)
+    for name in set(HUB_FILES) - {"rbm.py"}:
+        assert (tmp_path / "model" / name).read_bytes() == (REPO / "modeling_blip_rbm" / name).read_bytes()
 
 
 def test_unknown_tower():

@@ -16,8 +16,8 @@ from transformers import (
     EncoderDecoderCache,
 )
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration, modeling_blip_rbm
-from modeling_blip_rbm.modeling_blip_rbm import ImageCache, image_tokens, pool_tokens, vision_tokens
+from modeling_blip_rbm import BlipRBMForConditionalGeneration
+from modeling_blip_rbm.vision_blip_rbm import pool_tokens, vision_tokens
 from tests.conftest import RBM_SETTINGS, TEXT_CONFIG, VOCABULARY, randomise, tiny_config
 
 
@@ -99,23 +99,6 @@ TOWERS = {
 }
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("tower", TOWERS)
-def test_images_go_through_the_tower_a_few_at_a_time(tower, monkeypatch):
-    monkeypatch.setattr(modeling_blip_rbm, "IMAGES_AT_ONCE", 2)
-    model = randomise(BlipRBMForConditionalGeneration(tiny_config(vision_config=TOWERS[tower].to_dict())), std=0.05)
-    size, batches = model.config.vision_config.image_size, []
-    model.vision_model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
-    pixel_values = torch.randn(5, 3, size, size)
-    tokens = image_tokens(model.vision_model, pixel_values)
-    assert batches == [2, 2, 1]
-    torch.testing.assert_close(tokens, vision_tokens(model.vision_model(pixel_values)), atol=1e-5, rtol=1e-4)
-    with torch.enable_grad():
-        image_tokens(model.vision_model, pixel_values)
-    image_tokens(model.vision_model.train(), pixel_values)  # batch normalisation needs them all
-    assert batches == [2, 2, 1, 5, 5, 5]
-
-
 @pytest.mark.parametrize("tower", TOWERS)
 def test_any_vision_tower(tower, tmp_path):
     config = tiny_config(vision_config=TOWERS[tower].to_dict())
@@ -128,7 +111,7 @@ def test_any_vision_tower(tower, tmp_path):
         feature_map = model.vision_model(pixel_values).last_hidden_state
         torch.testing.assert_close(tokens[:, 1], feature_map[:, :, 0, 1])
     assert (model.projector is None) == (tower == "blip")
-    model.config.rbm_guidance = 0.5
+    model.generation_config.rbm_guidance = 0.5
     captions = model.generate(pixel_values, num_beams=3)
     cached = model.generate(vision_hidden_states=tokens, num_beams=3)
     assert torch.equal(captions, cached)
@@ -268,7 +251,7 @@ def test_prompts_padded_on_either_side_with_sep(model, pixel_values):
     "settings", [{}, {"num_beams": 3}, {"num_beams": 3, "rbm_guidance": 0.4}, {"rbm_rerank": True}]
 )
 def test_batch_is_alone(model, pixel_values, settings):
-    model.config.rbm_rerank_consensus = model.config.rbm_rerank_pmi = 0.3
+    model.generation_config.rbm_rerank_consensus = model.generation_config.rbm_rerank_pmi = 0.3
     together = model.generate(pixel_values, **settings)
     for i in range(len(pixel_values)):
         assert_same_tokens(model.generate(pixel_values[i : i + 1], **settings), together[i : i + 1])
@@ -442,8 +425,8 @@ def test_rerank_scores_what_decoding_computed(model, pixel_values, settings, mon
 
 
 def test_rerank_returns_the_best_candidates_in_order(model, pixel_values):
-    model.config.rbm_rerank_candidates = 7
-    model.config.rbm_rerank_pmi, model.config.rbm_rerank_consensus = 0.7, 2.0
+    model.generation_config.rbm_rerank_candidates = 7
+    model.generation_config.rbm_rerank_pmi, model.generation_config.rbm_rerank_consensus = 0.7, 2.0
     encoding = model.encode_image(pixel_values)
     candidates = model.generate(pixel_values, num_beams=7, num_return_sequences=7)
     scores = model.candidate_scores(encoding, candidates)
@@ -595,21 +578,6 @@ def test_image_cache_is_of_images_not_of_beams(model, pixel_values, settings):
     assert rows == [len(pixel_values), len(pixel_values) * settings.get("num_beams", 1)]
 
 
-def test_cross_attentions_of_rows_that_share_an_image(model, pixel_values):
-    """Attentions on request, a row each, equal to those of an image repeated for every row."""
-    encoding = model.encode_image(pixel_values, rbm=False)
-    ids = torch.randint(5, 40, (3 * len(pixel_values), 5))
-    cache = ImageCache(model.text_decoder, encoding.image_embeds)
-    shared = model(
-        input_ids=ids, image_embeds=cache.image_embeds, past_key_values=cache, use_cache=True, output_attentions=True
-    )
-    repeated = encoding.image_embeds.repeat_interleave(3, 0)
-    apart = model(input_ids=ids, image_embeds=repeated, use_cache=False, output_attentions=True)
-    torch.testing.assert_close(shared.logits, apart.logits, atol=1e-4, rtol=1e-3)
-    for a, b in zip(shared.cross_attentions, apart.cross_attentions):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-
-
 def test_image_mask_a_row_with_beams(model, pixel_values):
     encoding = model.encode_image(pixel_values, rbm=False)
     mask = torch.ones(encoding.image_embeds.shape[:2], dtype=torch.long)
@@ -625,7 +593,7 @@ def test_image_mask_a_row_with_beams(model, pixel_values):
 
 def test_captions_by_sampled_causes_differ(model, pixel_values):
     settings = {"rbm_guidance": 0.1, "num_beams": 2, "num_return_sequences": 5, "max_new_tokens": 7}
-    model.config.rbm_guidance_clip = 100.0
+    model.generation_config.rbm_guidance_clip = 100.0
     torch.manual_seed(0)
     varied = model.generate(pixel_values, rbm_diversity=20.0, **settings)
     assert len(varied) == 5 * len(pixel_values)

@@ -1,0 +1,1 @@
+../../modeling_blip_rbm/generation_blip_rbm.py

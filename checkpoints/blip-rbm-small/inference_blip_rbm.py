@@ -1,0 +1,1 @@
+../../modeling_blip_rbm/inference_blip_rbm.py

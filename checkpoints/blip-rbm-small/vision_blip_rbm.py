@@ -1,0 +1,1 @@
+../../modeling_blip_rbm/vision_blip_rbm.py

@@ -1,0 +1,166 @@
+"""From pixels to what the text decoder attends to: any vision tower, the pooled image, the projector, and the RBM layer.
+
+    pixel_values (B, 3, S, S) -> vision tower -> tokens (B, N, C) -> [projector] -> image_embeds (B, N, D)
+                                                    |- pooled image x (B, V) -> hidden input a (B, H) of the RBM
+                                                                                    '- refine: changes image_embeds
+
+A new vision tower is plugged in by its config alone (`new_vision_tower`): any that `AutoModel` knows.
+
+Axes: B images, N image tokens, C width of the vision tower's output, D width that the decoder attends to, V = 2C or C pooled image
+units, H hidden causes, m cause tokens.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoModel
+from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionModel
+
+from .phrases_blip_rbm import PhraseBlock
+from .rbm import JointRBM
+
+
+def vision_tokens(outputs) -> torch.Tensor:
+    """(B, N, C) of a vision tower's output: a token sequence as it is, a feature map (B, C, H, W) row by row."""
+    states = outputs.last_hidden_state
+    return states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
+
+
+def pool_tokens(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
+    """The pooled image of tokens (B, N, C).
+
+    Args:
+        pooling: "cls_mean" gives (B, 2C), [CLS ; mean of the others] (SAIL, arXiv 2412.04616); "mean" gives (B, C); "mean_max" gives
+            (B, 2C), [mean ; greatest of each channel], which keeps what is small in the image.
+    """
+    if pooling == "mean":
+        return tokens.mean(1)
+    if pooling == "mean_max":
+        return torch.cat([tokens.mean(1), tokens.amax(1)], dim=-1)
+    return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=-1)
+
+
+class VisionProjector(nn.Module):
+    """From the tokens of a tower that is not BLIP's to what BLIP's decoder attends to, as in Llava: LayerNorm, linear, positions."""
+
+    def __init__(self, num_tokens: int, in_size: int, out_size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(in_size)
+        self.linear = nn.Linear(in_size, out_size)
+        self.output_norm = nn.LayerNorm(out_size)
+        self.position = nn.Parameter(torch.zeros(num_tokens, out_size))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, N, C) -> (B, N, D)
+        if tokens.shape[1] != self.position.shape[0]:
+            raise ValueError(
+                f"the vision tower gave {tokens.shape[1]} tokens an image, but the model was built for "
+                f"{self.position.shape[0]}: resize images to what the processor of this model says"
+            )
+        return self.output_norm(self.linear(self.norm(tokens))) + self.position
+
+
+class RBMLayer(nn.Module):
+    """The RBM between vision tower and decoder, and the one way in which it changes image_embeds: `refine`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.pooling = config.rbm_pooling
+        self.rbm = JointRBM(
+            config.rbm_visible_size, len(config.rbm_word_ids), config.rbm_hidden_size, config.rbm_visible_type
+        )
+        width, self.cause_tokens = config.text_config.encoder_hidden_size, config.rbm_cause_tokens
+        self.shift = nn.Linear(config.rbm_hidden_size, width, bias=False)
+        if self.cause_tokens:
+            self.causes = nn.Linear(config.rbm_hidden_size, self.cause_tokens * width, bias=False)
+        self.phrases = None
+        if config.rbm_num_phrases:
+            self.phrases = PhraseBlock(config.rbm_num_phrases, config.rbm_hidden_size, config.text_config.vocab_size)
+        self.gate = nn.Parameter(torch.zeros(1))  # 0: refine is the identity, and so a converted BLIP is BLIP
+
+    def forward(self, tokens: torch.Tensor, image_embeds: torch.Tensor, refine: bool = True):
+        """What the decoder attends to, (B, N, D) or (B, N + m, D), and the hidden input a (B, H) of tokens (B, N, C)."""
+        hidden_input = self.hidden_input(tokens)
+        return (self.refine(image_embeds, hidden_input) if refine else image_embeds), hidden_input
+
+    def hidden_input(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, N, C) -> a (B, H)
+        return self.rbm(pool_tokens(tokens, self.pooling))
+
+    def refine(self, image_embeds: torch.Tensor, hidden_input: torch.Tensor) -> torch.Tensor:
+        """(B, N, D), or (B, N + m, D) with m cause tokens, of image_embeds (B, N, D) and a (B, H)."""
+        q = torch.sigmoid(hidden_input).to(self.shift.weight.dtype)
+        refined = image_embeds + (self.gate * self.shift(q))[:, None].to(image_embeds.dtype)
+        if self.cause_tokens and self.gate != 0:  # a token of zeros would still draw attention
+            tokens = (self.gate * self.causes(q)).view(len(q), self.cause_tokens, -1)
+            refined = torch.cat([refined, tokens.to(refined.dtype)], 1)
+        return refined
+
+
+class ImageSelfAttention(BlipAttention):
+    """The attention of BLIP's vision tower by PyTorch's fused kernel, which never holds all (N, N) weights. As BLIP computes it where
+    the weights are asked for, and with `attn_implementation="eager"`.
+
+    Args:
+        whole: config of the whole model, whose attn_implementation counts: BLIP's towers know "eager" alone.
+    """
+
+    def __init__(self, config, whole):
+        super().__init__(config)
+        self.whole = whole
+
+    def forward(self, hidden_states, *args, **kwargs):
+        wanted = kwargs.get("output_attentions") or (args and args[-1] is True) or self.config.output_attentions
+        if wanted or self.whole._attn_implementation == "eager":
+            return super().forward(hidden_states, *args, **kwargs)
+        rows, length, width = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(rows, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return self.projection(self.attend(*qkv).reshape(rows, length, width)), None
+
+    def attend(self, query, key, value) -> torch.Tensor:
+        """Context (B, N, heads, d) of (B, heads, N, d) each."""
+        dropout = self.dropout.p if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale).transpose(1, 2)
+
+
+def new_vision_tower(config) -> nn.Module:
+    """The tower of a config, without weights; writes the shape of its output into the config if it is not there."""
+    if config.has_blip_tower:
+        config.vision_config._attn_implementation = "eager"
+        tower = BlipVisionModel(config.vision_config)
+        for layer in tower.encoder.layers:
+            layer.self_attn = ImageSelfAttention(config.vision_config, config)
+        return tower
+    if config.num_image_tokens is None or config.vision_hidden_size is None:
+        config.num_image_tokens, config.vision_hidden_size = tower_output_shape(config.vision_config)
+    tower = AutoModel.from_config(config.vision_config)
+    for module in tower.modules():
+        # Keras counts what is kept, PyTorch what is new: transformers' EfficientNet hands Keras' 0.99 to PyTorch
+        if isinstance(module, _BatchNorm) and (module.momentum or 0.0) > 0.5:
+            module.momentum = 1 - module.momentum
+    return tower
+
+
+@contextmanager
+def weights_here(module: nn.Module):
+    """While inside, a module's own weights are where it computes, though Accelerate keeps them elsewhere between calls of `forward`. Gives
+    whether they had to be brought."""
+    moved = hasattr(module, "_hf_hook")
+    if not moved:
+        yield moved
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield moved
+
+
+def tower_output_shape(vision_config) -> tuple[int, int]:
+    """(N, C) that the tower of this config gives for an image, found by running it without weights or arithmetic."""
+    size = getattr(vision_config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.device("meta"):
+        tower = AutoModel.from_config(vision_config).eval()
+        channels = getattr(vision_config, "num_channels", 3)
+        return tuple(vision_tokens(tower(pixel_values=torch.zeros(1, channels, height, width))).shape[1:])
