@@ -86,12 +86,12 @@ def caption_command(args) -> int:
         except ValueError as error:
             complain(error)
     try:
-        model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval().optimize_for_inference()
+        model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
         processor = BlipRBMProcessor.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         complain(error)
         return 2
-    model.pack_linears = "int8" if args.int8 else True
+    model.optimize_for_inference(int8=args.int8)
     captioner = BlipRBMImageToTextPipeline(model=model, processor=processor)
     settings = {"rbm": not args.plain, "num_return_sequences": args.num_captions}
     settings["num_beams"] = max(args.num_beams or model.generation_config.num_beams or 1, args.num_captions)

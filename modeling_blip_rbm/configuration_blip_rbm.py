@@ -3,11 +3,13 @@ stored in generation_config.json ([`DecodingSettings`])."""
 
 import os
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
 
 from transformers import AutoConfig, BlipConfig, BlipTextConfig, BlipVisionConfig, PretrainedConfig
+from transformers.utils import cached_file
 
 from .rbm import WORD_GAIN_ORDERS
 
@@ -141,6 +143,17 @@ class BlipRBMConfig(BlipConfig):
         if self.vision_hidden_size is not None:
             self.set_visible_size()
 
+    def __setattr__(self, name, value):
+        if name in DECODING_SETTINGS:
+            warnings.warn(
+                f"{name} is stored in the generation config: set model.generation_config.{name}, or pass it to generate",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            self.__dict__.setdefault("decoding_settings", {})[name] = value  # the model takes it over
+        else:
+            super().__setattr__(name, value)
+
     def set_visible_size(self):
         """V from the tower's width and the pooling. The model calls it once it knows the tower's width.
 
@@ -273,18 +286,27 @@ def is_number(value, least: float = float("-inf"), most: float = float("inf")) -
     return real and isfinite(value) and least <= value <= most
 
 
-def copy_code(folder):
+def copy_code(folder, source=None, revision=None):
     """Put the files of this package that a model's folder carries (`HUB_FILES`) into a folder, each whole or not at all. A link there
-    stays a link: its owner has said where the code is."""
+    stays a link: its owner has said where the code is.
+
+    Args:
+        source, revision: folder or Hub id that a model came from. As remote code it runs without the files that it does not import, such as
+            the pipeline's: they are taken from there.
+    """
     here = Path(__file__).resolve().parent
     for name in HUB_FILES:
-        target = Path(folder) / name
-        if target.is_symlink() or not (here / name).exists():
-            continue
-        if target.exists() and target.samefile(here / name):
+        file, target = here / name, Path(folder) / name
+        if not file.exists() and source:
+            found = cached_file(
+                str(source), name, revision=revision,
+                _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+            )  # fmt: skip
+            file = Path(found or file)
+        if target.is_symlink() or not file.exists() or (target.exists() and target.samefile(file)):
             continue
         part = target.with_name(f".{name}.{os.getpid()}")
-        shutil.copyfile(here / name, part)
+        shutil.copyfile(file, part)
         os.replace(part, target)
 
 

@@ -212,6 +212,8 @@ class BlipRBMGenerationMixin(GenerationMixin):
         Raises:
             ValueError: for an impossible value, or if this model's RBM cannot do what is asked.
         """
+        for name, value in self.config.__dict__.pop("decoding_settings", {}).items():
+            setattr(self.generation_config, name, value)
         settings = DecodingSettings.of(generation_config or self.generation_config, overrides)
         if (settings.rbm_guidance or settings.rbm_rerank) and not self.config.rbm_word_ids:
             raise ValueError("rbm_guidance and rbm_rerank need an RBM with words, but config.rbm_word_ids is empty")

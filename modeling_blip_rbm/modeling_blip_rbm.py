@@ -101,7 +101,7 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
         """As transformers' own, with the package's code beside the weights, so that `trust_remote_code` finds it."""
         if is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            copy_code(save_directory)
+            copy_code(save_directory, self.name_or_path, getattr(self.config, "_commit_hash", None))
         return super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
 
     def __getstate__(self):

@@ -64,7 +64,7 @@ class BlipRBMImageToTextPipeline(Pipeline):
 
     def _forward(self, inputs, top_words: int = 5, **generate_kwargs):
         model = self.model
-        encoding = model.encode_image(inputs["pixel_values"], rbm=generate_kwargs.get("rbm", True))
+        encoding = model.encode_for_generation(inputs["pixel_values"], rbm=generate_kwargs.get("rbm", True))
         prompt = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         sequences = model.generate(encoding=encoding, **prompt, **generate_kwargs)
         if not hasattr(sequences, "shape"):  # return_dict_in_generate=True in the generation config

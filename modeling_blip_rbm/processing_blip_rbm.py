@@ -9,6 +9,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 from transformers import __version__ as transformers_version
 
+from .configuration_blip_rbm import AUTO_MAP, copy_code
+
 
 def load_image(image) -> Image.Image:
     """An upright RGB image from a path, bytes, array (H, W[, C]) or PIL image.
@@ -128,7 +130,11 @@ class BlipRBMProcessor(ProcessorMixin):
         return dict(tokenizer.pad(rows, return_tensors=return_tensors, **settings))
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As transformers' own. What 5 writes is made readable for 4: the list of special tokens had another name there."""
+        """As transformers' own, with the package's code beside it, so that `trust_remote_code` finds it. What 5 writes is made readable for 4:
+        the list of special tokens had another name there."""
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        copy_code(save_directory)
         saved = super().save_pretrained(save_directory, **kwargs)
         file = Path(save_directory) / "tokenizer_config.json"
         settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -151,7 +157,5 @@ class BlipRBMProcessor(ProcessorMixin):
     def model_input_names(self):
         return ["pixel_values", "input_ids", "attention_mask"]
 
-
-BlipRBMProcessor.register_for_auto_class()
 
 __all__ = ["BlipRBMProcessor", "load_image"]

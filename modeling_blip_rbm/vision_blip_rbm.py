@@ -10,7 +10,7 @@ Axes: B images, N image tokens, C width of the vision tower's output, D width th
 units, H hidden causes, m cause tokens.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,12 @@ from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionMode
 
 from .phrases_blip_rbm import PhraseBlock
 from .rbm import JointRBM
+
+
+try:
+    from accelerate.utils import align_module_device
+except ImportError:  # then no module has its weights elsewhere
+    align_module_device = None
 
 
 def vision_tokens(outputs) -> torch.Tensor:
@@ -147,12 +153,7 @@ def weights_here(module: nn.Module):
     """While inside, a module's own weights are where it computes, though Accelerate keeps them elsewhere between calls of `forward`. Gives
     whether they had to be brought."""
     moved = hasattr(module, "_hf_hook")
-    if not moved:
-        yield moved
-        return
-    from accelerate.utils import align_module_device
-
-    with align_module_device(module):
+    with align_module_device(module) if moved else nullcontext():
         yield moved
 
 

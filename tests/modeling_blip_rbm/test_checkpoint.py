@@ -1,13 +1,14 @@
 """The embedded model as it lies in git."""
 
-import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipVisionConfig
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMForImageTextRetrieval, BlipRBMProcessor
+from modeling_blip_rbm.configuration_blip_rbm import HUB_FILES
 from tests.conftest import CHECKPOINT, REPO
 
 
@@ -34,8 +35,9 @@ def test_size_and_precision(embedded):
 
 
 def test_it_carries_the_whole_package():
-    package = {file.name for file in (REPO / "modeling_blip_rbm").glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert package <= {file.name for file in CHECKPOINT.glob("*.py")}  # the same text: test_docs.py
+    links = {file.name: file.readlink() for file in CHECKPOINT.glob("*.py")}
+    assert links == {name: Path("..", "..", "modeling_blip_rbm", name) for name in HUB_FILES}
+    assert all((CHECKPOINT / name).exists() for name in links)
 
 
 def test_captions_are_sentences_about_the_images(embedded, photographs):
@@ -99,28 +101,50 @@ def test_results_reach_the_floors(results):
 def test_results_are_of_this_config(embedded, results):
     """The config that was measured is the config that ships."""
     model, _ = embedded
+    settings = vars(model.config) | model.decoding_settings().to_dict()
     later = ("rbm_confidence", "rbm_match")  # fitted afterwards; captions do not depend on them
-    measured = {name: value for name, value in results["rbm"].items() if name not in later}
-    assert {name: getattr(model.config, name) for name in measured} == measured
+    measured = {name: value for name, value in results["rbm"].items() if name not in later and name in settings}
+    assert {name: settings[name] for name in measured} == measured and "rbm_guidance" in measured
 
 
 def test_rerank_scores_are_those_of_the_candidates(embedded, photographs):
     """Beams that end before the others: their log P comes from the right steps of decoding."""
     model, processor = embedded
     encoding = model.encode_image(**processor(images=photographs))
-    n = model.config.rbm_rerank_candidates
+    n = model.decoding_settings().rbm_rerank_candidates
     candidates = model.generate(encoding=encoding, rbm_rerank=False, num_beams=n, num_return_sequences=n)
     chosen = model.generate(encoding=encoding, num_return_sequences=n, return_dict_in_generate=True)
     expected = model.candidate_scores(encoding, candidates).sort(dim=1, descending=True).values
     torch.testing.assert_close(chosen.rerank_scores, expected.flatten(), atol=1e-3, rtol=1e-3)
 
 
-def test_folded_for_inference_it_says_the_same(embedded, photographs):
+def test_the_model_itself_says_the_same_as_its_fast_copy(embedded, photographs):
+    """Folded, packed and with the image's keys and values shared: word for word, with every strategy on."""
     model, processor = embedded
-    folded = copy.deepcopy(model).optimize_for_inference()
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.vision_model.modules())
     inputs = processor(images=photographs)
-    assert torch.equal(model.generate(**inputs), folded.generate(**inputs))
+    fast = model.generate(**inputs)
+    slow = model.generate(**inputs, output_attentions=True, return_dict_in_generate=True).sequences
+    assert processor.captions(fast) == processor.captions(slow)
+
+
+def test_saving_into_the_linked_folder_leaves_the_source_alone(embedded, tmp_path):
+    model, processor = embedded
+    (tmp_path / "source").mkdir()
+    for name in HUB_FILES:
+        (tmp_path / "source" / name).write_text("# the source\n")
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / name).symlink_to(Path("..", "source", name))
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    assert {(tmp_path / "source" / name).read_text() for name in HUB_FILES} == {"# the source\n"}
+
+
+def test_presets_are_settings_that_generate_takes(embedded, photographs):
+    model, processor = embedded
+    inputs = processor(images=photographs[:2])
+    assert "varied" in model.presets
+    varied = model.generate(**inputs, **model.presets["varied"], num_return_sequences=20)
+    assert len(varied) == 40  # as many candidates as the preset says
 
 
 def test_it_compares_images_and_texts(embedded, photographs):

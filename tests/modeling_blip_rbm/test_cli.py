@@ -45,7 +45,7 @@ def test_json(saved_model, photos, capsys):
 def test_prompt_and_plain(saved_model, model, photos, capsys):
     _, lines, _ = run(capsys, photos, "--model", saved_model, "--prompt", "a picture of")
     assert all(": a picture of" in line for line in lines)
-    model.config.rbm_guidance = 5.0
+    model.generation_config.rbm_guidance = 5.0
     model.save_pretrained(saved_model)
     _, guided, _ = run(capsys, photos, "--model", saved_model)
     _, plain, _ = run(capsys, photos, "--model", saved_model, "--plain")

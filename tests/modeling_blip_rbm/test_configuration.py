@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoConfig, CLIPVisionConfig, GenerationConfig
 
-from modeling_blip_rbm import BlipRBMConfig, DecodingSettings
+from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, DecodingSettings
 from modeling_blip_rbm.configuration_blip_rbm import DECODING_SETTINGS, HUB_FILES, copy_code
 from tests.conftest import REPO, WORD_IDS, tiny_config
 
@@ -74,6 +74,25 @@ def test_decoding_settings_of_a_generation_config_and_what_overrides_them():
     given = DecodingSettings.of(stored, {"rbm_guidance": 0.0, "rbm_rerank": None, "num_beams": 3})
     assert given == DecodingSettings(rbm_guidance=0.0, rbm_rerank=True)
     assert set(DECODING_SETTINGS) == set(given.to_dict()) and len(DECODING_SETTINGS) == 12
+
+
+def test_settings_of_a_config_from_before_reach_generate(blip, pixel_values, tmp_path):
+    """Checkpoints and code from when the config had them: as from_blip's arguments, set afterwards, and in a config.json."""
+    expected = BlipRBMForConditionalGeneration.from_blip(blip, rbm_word_ids=WORD_IDS, rbm_hidden_size=7)
+    expected.generation_config.rbm_guidance = 3.0
+    model = BlipRBMForConditionalGeneration.from_blip(
+        blip, rbm_word_ids=WORD_IDS, rbm_hidden_size=7, rbm_guidance=3.0
+    )
+    assert model.decoding_settings() == expected.decoding_settings()
+    model.config.update({"rbm_rerank": True, "rbm_rerank_candidates": 3})
+    assert model.decoding_settings() == DecodingSettings(rbm_guidance=3.0, rbm_rerank=True, rbm_rerank_candidates=3)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not set(config) & {*DECODING_SETTINGS, "decoding_settings"}
+    (tmp_path / "generation_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rbm_guidance": 0.7, "rbm_guidance_exact": True}))
+    again = BlipRBMForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.decoding_settings() == DecodingSettings(rbm_guidance=0.7)
 
 
 def test_every_file_of_the_package_goes_to_the_hub_but_two():

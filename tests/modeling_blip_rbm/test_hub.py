@@ -10,6 +10,7 @@ import textwrap
 import pytest
 from transformers.dynamic_module_utils import get_imports
 
+from modeling_blip_rbm.configuration_blip_rbm import HUB_FILES
 from tests.conftest import random_image
 
 
@@ -113,7 +114,7 @@ def test_fine_tuned_and_saved_again_keeps_its_code(saved_model, image_file, tmp_
     out = run_clean(code, saved_model, image_file, tmp_path)
     assert isinstance(out[0]["generated_text"], str)
     copied = {file.name for file in (tmp_path / "again").glob("*.py")}
-    assert {"rbm.py", "pipeline_blip_rbm.py", "processing_blip_rbm.py", "decoding_blip_rbm.py"} <= copied
+    assert copied == set(HUB_FILES)
 
 
 def test_remote_code_needs_no_other_package(saved_model):

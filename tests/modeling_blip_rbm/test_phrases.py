@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, phrases_blip_rbm
-from modeling_blip_rbm.decoding_blip_rbm import ngram_numbers
-from modeling_blip_rbm.phrases_blip_rbm import PhraseBlock, length_factors
+from modeling_blip_rbm.phrases_blip_rbm import PhraseBlock, length_factors, ngram_numbers
 from tests.conftest import tiny_config
 from training.fit_phrases import choose_phrases, fit, mean_vectors
 from training.lib.metrics import CiderD
@@ -128,7 +127,7 @@ def test_guide_favours_rare_words(model, pixel_values, monkeypatch):
     hidden_input = model.encode_image(pixel_values).hidden_input
     ids, scores = torch.full((len(pixel_values), 1), DEC), torch.zeros(len(pixel_values), vocab)
     plain = model._guidance(hidden_input, 0.3)(ids, scores)
-    model.config.rbm_guidance_rarity = 0.5
+    model.generation_config.rbm_guidance_rarity = 0.5
     favoured = model._guidance(hidden_input, 0.3)(ids, scores)
     more = 1 + 0.5 * (torch.linspace(0, 3, len(word_ids)) - 1).clamp(min=0)
     torch.testing.assert_close(favoured[:, word_ids], more * plain[:, word_ids])
@@ -166,7 +165,7 @@ def test_rerank_asks_for_the_expected_cider(model, pixel_values, block, tmp_path
     with pytest.raises(ValueError, match="rbm_rerank_cider is 2.0; allowed: 0 without phrases"):
         tiny_config(rbm_rerank_cider=2.0)
     model.set_phrases(block)
-    model.config.rbm_rerank_cider, model.config.rbm_rerank_candidates = 1e6, 7
+    model.generation_config.rbm_rerank_cider, model.generation_config.rbm_rerank_candidates = 1e3, 7
     encoding = model.encode_image(pixel_values)
     candidates = model.generate(encoding=encoding, num_beams=7, num_return_sequences=7, max_new_tokens=9)
     parts = model.candidate_parts(encoding, candidates)
@@ -192,7 +191,8 @@ def test_rerank_asks_for_the_expected_cider(model, pixel_values, block, tmp_path
         torch.sigmoid(encoding.hidden_input), candidates.view(5, 7, -1), special
     )
     torch.testing.assert_close(got.float(), parts["cider"], atol=0.02, rtol=0.02)
-    model.config.rbm_rerank_rarity = 1.0
+    model.generation_config.rbm_rerank_rarity = 1.0
     model.set_phrases(None)
-    assert model.config.rbm_num_phrases == model.config.rbm_rerank_cider == model.config.rbm_rerank_rarity == 0
+    settings = model.generation_config
+    assert model.config.rbm_num_phrases == settings.rbm_rerank_cider == settings.rbm_rerank_rarity == 0
     assert "cider" not in model.candidate_parts(encoding, candidates)

@@ -61,7 +61,7 @@ def test_several_captions_prompt_and_plain(captioner, images):
     out = captioner(images[:2], num_return_sequences=3, num_beams=5, prompt="a picture of", batch_size=2)
     assert [len(captions) for captions in out] == [3, 3]
     assert all(c["generated_text"].startswith("a picture of") for captions in out for c in captions)
-    captioner.model.config.rbm_guidance = 5.0
+    captioner.model.generation_config.rbm_guidance = 5.0
     guided, plain = captioner(images), captioner(images, rbm=False)
     assert [g[0]["generated_text"] for g in guided] != [p[0]["generated_text"] for p in plain]
 
