@@ -348,16 +348,19 @@ def filled(text: str, content: dict[str, str]) -> str:
     """
 
     def renewed(match):
-        start, name, _, end = match.groups()
+        start, name, line, _, end = match.groups()  # `line`: a line break, where the block has lines of its own
         if name not in content:
-            raise ValueError(f"<!-- {name} -->: no block of that name; known are {', '.join(content)}")
-        return start + content[name] + end
+            raise ValueError(f"{start}: no block of that name; known are {', '.join(content)}")
+        return start + line + content[name] + line + end
 
-    text = re.sub(r"(<!-- ([\w-]+) -->\n?)(.*?)(\n?<!-- /\2 -->)", renewed, text, flags=re.S)
-    text = re.sub(r"(^# ([\w-]+)\n)(.*?)(\n# /\2$)", renewed, text, flags=re.S | re.M)
-    for opened in re.findall(r"<!-- ([\w-]+) -->", text):
-        if f"<!-- /{opened} -->" not in text:
-            raise ValueError(f"<!-- {opened} --> has no <!-- /{opened} -->")
+    text = re.sub(r"(<!-- ([\w-]+) -->)(\n?)(.*?)(<!-- /\2 -->)", renewed, text, flags=re.S)
+    text = re.sub(r"^(# ([\w-]+))(\n)(.*?)(^# /\2)$", renewed, text, flags=re.S | re.M)
+    for name in content:
+        for opened, closed in ((f"<!-- {name} -->", f"<!-- /{name} -->"), (f"^# {name}$", f"^# /{name}$")):
+            if re.search(opened, text, re.M) and not re.search(closed, text, re.M):
+                raise ValueError(
+                    f"the block {name} is opened and not closed: write its closing marker, {closed.strip('^$')}"
+                )
     return text
 
 
