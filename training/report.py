@@ -229,8 +229,9 @@ def rbm_speed_block() -> str:
     cell = lambda r, name: (
         f"{r['samples_per_second'][name]:,.0f} ({r['times_best_peer'][name]:.1f}, {r['share_of_own_bound'][name]:.0%})"
     )
+    names = [name for name in threads[0]["samples_per_second"] if "compiled" not in name]  # 0.1.0's kernels are gone
     header = ["", *(f"{r['threads']} thread{'s' * (r['threads'] > 1)}" for r in threads)]
-    return f"{said}\n\n{table(header, [[name, *(cell(r, name) for r in threads)] for name in threads[0]['samples_per_second']])}"
+    return f"{said}\n\n{table(header, [[name, *(cell(r, name) for r in threads)] for name in names])}"
 
 
 def rbm_likelihood_block() -> str:
@@ -243,6 +244,7 @@ def rbm_likelihood_block() -> str:
     rows = [
         [name, *(f"{entry[key]:.2f}" for key in ("test", "train", "spread"))]
         for name, entry in likelihood["libraries"].items()
+        if "compiled" not in name
     ]
     return f"{said}\n\n{table(['', 'log P, test', 'log P, train', 'spread over seeds'], rows)}"
 
