@@ -19,6 +19,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from training.lib.checkpoints import refuse_other_output
+from training.lib.stage import run_stage
 
 
 class ImageEncoder(torch.nn.Module):
@@ -125,4 +126,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)
