@@ -31,8 +31,12 @@ class ImageEncoder(torch.nn.Module):
 
     def forward(self, pixel_values):
         encoding = self.model.encode_image(pixel_values)
-        layers = self.model.text_decoder.bert.encoder.layer
-        cross = [t for layer in layers for t in layer.crossattention.self.keys_and_values(encoding.image_embeds)]
+        attentions = [layer.crossattention.self for layer in self.model.text_decoder.bert.encoder.layer]
+        cross = [
+            product(encoding.image_embeds).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+            for attention in attentions
+            for product in (attention.key, attention.value)
+        ]
         return encoding.image_embeds, encoding.hidden_input, *cross
 
 

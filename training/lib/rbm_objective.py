@@ -151,7 +151,7 @@ class RBMObjective(torch.nn.Module):
         super().__init__()
         if settings.cd_persistent and settings.cd_clamp_image:
             raise ValueError("cd_persistent and cd_clamp_image exclude each other: a chain has one image, a batch many")
-        self.rbm, self.settings = rbm, settings
+        self.rbm, self.settings = rbm.requires_grad_(True), settings  # a captioner's RBM is frozen
         if settings.cd and settings.cd_persistent:  # buffers: saved and resumed with the rest
             n = settings.batch_size // processes
             self.register_buffer("chain_h", torch.full((n, rbm.hidden_size), 0.5).bernoulli())

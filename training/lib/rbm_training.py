@@ -34,7 +34,7 @@ def with_new_rbm(model, word_ids, settings: RBMArguments, pooled: Iterable[torch
     fresh.load_state_dict(frozen, strict=False)
     fresh.generation_config = copy.deepcopy(model.generation_config)
     fresh.set_phrases(None)
-    rbm = fresh.rbm_layer.rbm.requires_grad_(True)
+    rbm = fresh.rbm_layer.rbm
     rbm.reset_parameters(std=settings.init_std)
     rbm.set_image_statistics(pooled)
     with torch.no_grad():
