@@ -320,8 +320,8 @@ def train_captioner(
     Raises:
         ValueError: for settings that cannot be, or an output folder that holds something else.
     """
-    refuse_impossible(captioner, args)
     refuse_other_output(args.output_dir, "captioner.json", "checkpoint-*", "best", "pairs.json")
+    refuse_impossible(captioner, args)
     args.remove_unused_columns = False
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(captioner.model)

@@ -33,6 +33,10 @@ class MLPAdapter(torch.nn.Module):
         )
         self.gate = torch.nn.Parameter(torch.zeros(1))
 
+    def forward(self, tokens, image_embeds, refine: bool = True):
+        x = self.hidden_input(tokens)
+        return (self.refine(image_embeds, x) if refine else image_embeds), x
+
     def hidden_input(self, tokens):  # here simply the standardised pooled image
         return self.rbm.standardise(pool_tokens(tokens, self.pooling))
 

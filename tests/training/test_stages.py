@@ -95,6 +95,9 @@ def test_the_record_goes_with_the_weights(work):
     built, trained = (BlipRBMForConditionalGeneration.from_pretrained(work / name) for name in ("built", "mean/best"))
     towers = (model.vision_model.state_dict() for model in (built, trained))
     assert all(torch.equal(a, b) for a, b in zip(*(tower.values() for tower in towers), strict=True))
+    with pytest.raises(ValueError, match="built holds a model"):
+        in_process("build_captioner", *build, "mean/best", cwd=work)
+    build[build.index("built")] = "first-layers"
     with pytest.raises(ValueError, match="only taken whole: give mean/best"):
         in_process("build_captioner", *build, "mean/best@1", cwd=work)
 
@@ -202,7 +205,8 @@ def test_tuned_and_evaluated(work, tuned, data, pairs):
     phrases = json.loads((work / "phrases" / "phrases.json").read_text())
     assert phrases["phrases"] == saved["rbm_num_phrases"] > 5
     assert phrases["held_back"]["own_captions"] > 1.5 * phrases["held_back"]["other_captions"]
-    assert saved["rbm_rerank"] and saved["rbm_guidance"] in (0.0, 0.2) and saved["dtype"] == "float32"
+    decoding = json.loads((tuned / "generation_config.json").read_text())
+    assert decoding["rbm_rerank"] and decoding["rbm_guidance"] in (0.0, 0.2) and saved["dtype"] == "float32"
     evaluate = ["--model", "tuned", "--dataset", pairs, "--output", "results.json", *data[-2:]]
     in_process("evaluate_captions", *evaluate, "--ablation", True, "--pictures", "pictures", cwd=work)
     results = json.loads((work / "results.json").read_text())
