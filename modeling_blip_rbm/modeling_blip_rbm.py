@@ -36,7 +36,15 @@ from .generation_blip_rbm import (
 from .inference_blip_rbm import ImageCache, is_capturing_hook
 from .phrases_blip_rbm import PhraseBlock
 from .rbm import JointRBM, RBMParameters, pairwise_mutual_information, word_gains
-from .vision_blip_rbm import RBMLayer, VisionProjector, new_vision_tower, pool_tokens, vision_tokens, weights_here
+from .vision_blip_rbm import (
+    RBMLayer,
+    VisionProjector,
+    check_pixels,
+    new_vision_tower,
+    pool_tokens,
+    vision_tokens,
+    weights_here,
+)
 
 
 try:  # transformers 5: initialises only what a checkpoint did not give
@@ -88,14 +96,11 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
         kwargs["output_loading_info"] = True
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         check_loaded(model, sorted(info["missing_keys"]), pretrained_model_name_or_path)
-        model._take_decoding_settings()
+        model._made()
         return (model, info) if output_loading_info else model
 
-    def _take_decoding_settings(self):
-        """Decoding settings from a config that still had them go into the generation config, unless it has its own."""
-        for name, value in self._moved_settings.items():
-            if getattr(self.generation_config, name, None) is None:
-                setattr(self.generation_config, name, value)
+    def _made(self):
+        """Called when the model has been built, and again when its weights have been loaded, which replaces parameters."""
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
         """As transformers' own, with the package's code beside the weights, so that `trust_remote_code` finds it."""
@@ -174,16 +179,6 @@ def check_loaded(model, missing: list[str], source):
         )
 
 
-def check_pixels(pixel_values: torch.Tensor):
-    """Raises ValueError if a pixel on a CPU is NaN or infinite. A GPU would have to be waited for."""
-    if (
-        pixel_values.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch.isfinite(pixel_values.sum())
-    ):
-        raise ValueError("pixel_values has NaN or infinite values: look at the images and at how they were processed")
-
-
 @dataclass
 class BlipRBMOutput(ModelOutput):
     """What the forward pass returns. `image_embeds` (B, N, D) is what the decoder attended to."""
@@ -242,15 +237,23 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
             layer.crossattention.self = ImageCrossAttention(config.text_config, True, layer_idx=i)
         config.set_visible_size()
         self.rbm_layer = RBMLayer(config)
-        # the loss of captions does not reach the words of the RBM, and phrases are fitted to its causes: training/train_rbm.py trains it
-        self.rbm_layer.rbm.requires_grad_(False)
 
         self.decoder_input_ids = config.text_config.bos_token_id
         self.decoder_pad_token_id = config.text_config.pad_token_id
         self.post_init()
         self.generation_config = blip_generation_config(config)
         self._moved_settings = config.__dict__.pop("decoding_settings", {})
-        self._take_decoding_settings()
+        self._made()
+
+    def _made(self):
+        # the loss of captions does not reach the RBM's words, and phrases are fitted to its causes: training/train_rbm.py trains it
+        self.rbm_layer.rbm.requires_grad_(False)
+        for (
+            name,
+            value,
+        ) in self._moved_settings.items():  # of a config from before; a generation config that was loaded goes first
+            if getattr(self.generation_config, name, None) is None:
+                setattr(self.generation_config, name, value)
 
     @classmethod
     def from_blip(cls, blip: Union[str, Path, BlipForConditionalGeneration], **rbm_settings):
@@ -494,7 +497,6 @@ class BlipRBMForImageTextRetrieval(BlipRBMPreTrainedModel):
         config.set_visible_size()
         self.rbm_layer = RBMLayer(config)
         self.post_init()
-        self._moved_settings = {}
 
     def get_image_features(self, pixel_values=None, vision_hidden_states=None) -> torch.Tensor:
         """a (B, H): the hidden input from images (B, 3, S, S), or from the tower's output (B, N, C)."""
