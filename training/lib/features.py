@@ -27,7 +27,8 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from modeling_blip_rbm.modeling_blip_rbm import folded_tower, image_tokens, pool_tokens
+from modeling_blip_rbm.inference_blip_rbm import fast_tower, image_tokens
+from modeling_blip_rbm.vision_blip_rbm import pool_tokens
 from training.lib.arguments import bf16_is_fast
 from training.lib.checkpoints import write_json
 from training.lib.data import image_view, images_fingerprint
@@ -260,7 +261,7 @@ class Encoder:
 
     def __init__(self, tower, image_processor, settings: dict, batch_size: int, tokens: Optional[FeatureStore] = None):
         self.device = next(tower.parameters()).device
-        self.tower, self.image_processor, self.settings = folded_tower(tower), image_processor, settings
+        self.tower, self.image_processor, self.settings = fast_tower(tower), image_processor, settings
         self.tokens = tokens
         self.images_per_batch = max(1, batch_size // settings["views"])
 
