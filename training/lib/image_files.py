@@ -15,6 +15,12 @@ from PIL import ImageOps
 
 
 IMAGE_SUFFIXES = {suffix for suffix, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
+IMAGE_SUFFIXES |= {
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jxl",
+}  # images too where Pillow cannot read them: dropped by name, not passed over
 CHECK = {"width": "int32", "height": "int32", "mode": "string", "digest": "binary", "problem": "string"}
 
 
@@ -44,6 +50,8 @@ class ImageFinder:
         """
         if "://" in path:
             raise UnusableImage("image is an internet address, which is never fetched")
+        if path.encode("utf-8", "ignore").decode() != path:
+            raise UnusableImage("image file name is not UTF-8")
         for spelling in dict.fromkeys((path, path.replace("\\", "/"))):  # the other way round on Windows' paths
             for folder in self.folders if not os.path.isabs(path) else [""]:
                 file = os.path.join(folder, spelling)

@@ -16,7 +16,7 @@ import pyarrow
 from datasets import Dataset, Features, Image, Value
 
 from training.lib.checkpoints import write_json
-from training.lib.image_files import ImageFinder, UnusableImage, check_image, check_images
+from training.lib.image_files import ImageFinder, UnusableImage, check_batch, check_images
 from training.lib.readers import Columns, Row, Source, caption_values, read_source
 
 
@@ -76,10 +76,10 @@ class Drops:
         self.counts[reason] += number
         named = self.names.setdefault(reason, [])
         image = row.image.get("path") if isinstance(row.image, dict) else row.image
-        if len(named) < NAMED:
-            named.append(
-                f"{image[:99]!r} in {row.where}" if isinstance(image, str) and image != row.where else row.where
-            )
+        if len(named) < NAMED and isinstance(image, str):
+            named.append(f"{image[:99]!r}" + f" in {row.where}" * (image != row.where))
+        elif len(named) < NAMED:
+            named.append(row.where)
 
 
 def clean_captions(row: Row, drops: Drops) -> list[str]:
@@ -304,7 +304,7 @@ def unknown_token_message(captions: Iterable, tokenizer, least: float = 0.01) ->
     words, unknown = 0, Counter()
     for start in range(0, len(texts), 1024) if tokenizer.unk_token_id is not None else ():
         some = texts[start : start + 1024]
-        for text, encoding in zip(some, tokenizer(some, add_special_tokens=False).encodings):
+        for text, encoding in zip(some, tokenizer(some, add_special_tokens=False).encodings or []):
             words += len(set(encoding.word_ids))
             spans = {
                 w: o
@@ -385,7 +385,7 @@ class PairStream:
         for row in self.rows():
             if number == self.max_images:
                 return
-            if problem := check_image(row["image"])["problem"]:
+            if problem := check_batch({"image": [row["image"]]})["problem"][0]:
                 self.drops.add(problem, row["row"])
                 continue
             number += 1

@@ -17,6 +17,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -108,7 +109,7 @@ def find_column(columns, wanted: Optional[str], known: tuple[str, ...], what: st
 def caption_values(value) -> list[Optional[str]]:
     """The captions of a row as text: of one text or number, a list of them, or objects that hold one. None for what is no caption."""
     if isinstance(value, str) or value is None:
-        return [value]
+        return [value and without_surrogates(value)]
     if isinstance(value, (list, tuple)):
         return [text for part in value for text in caption_values(part)]
     if isinstance(value, dict):
@@ -119,7 +120,12 @@ def caption_values(value) -> list[Optional[str]]:
 
 def id_text(value) -> Optional[str]:
     """An id as it is written, or None for an empty one: 1, 1.0 and "01" are three."""
-    return None if value is None or value != value else str(value).strip() or None
+    return None if value is None or value != value else without_surrogates(str(value)).strip() or None
+
+
+def without_surrogates(text: str) -> str:
+    """Text that can be written as UTF-8: JSON may hold half of a pair of surrogates."""
+    return text if text.isascii() else text.encode("utf-8", "ignore").decode()
 
 
 def read_text(file: Path) -> str:
@@ -344,11 +350,25 @@ def read_file(file: Path, columns: Columns) -> list[Row]:
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """Files in a folder and below, in order, without what systems hide among them."""
-    for file in sorted(root.rglob("*")):
-        parts = file.relative_to(root).parts
-        if not any(part.startswith(".") or part == "__MACOSX" for part in parts) and file.is_file():
-            yield file
+    """Files in a folder and below, in order, without what systems hide among them. Linked folders are entered once.
+
+    Raises:
+        ValueError: if a folder cannot be read.
+    """
+
+    def unreadable(error: OSError):
+        raise ValueError(f"{root}: {error.filename} cannot be read ({error.strerror})")
+
+    entered = set()
+    for folder, below, names in os.walk(root, onerror=unreadable, followlinks=True):
+        if (real := os.path.realpath(folder)) in entered:
+            below.clear()
+            continue
+        entered.add(real)
+        below[:] = sorted(name for name in below if not name.startswith(".") and name != "__MACOSX")
+        for name in sorted(names):
+            if not name.startswith(".") and os.path.isfile(os.path.join(folder, name)):
+                yield Path(folder, name)
 
 
 def split_of(path: str) -> Optional[str]:
@@ -372,52 +392,74 @@ def caption_file(image: Path) -> Optional[Path]:
     return next((file for file in names if file.is_file()), None)
 
 
-def read_sidecars(root: Path, files: list[Path], columns: Columns) -> list[Row]:
+def read_sidecars(root: Path, images: list[Path], columns: Columns) -> list[Row]:
     """Every image of a folder, with the captions of the text file beside it, one a line (as kohya's scripts keep them)."""
     rows = []
-    for image in (file for file in files if file.suffix.lower() in IMAGE_SUFFIXES):
+    for image in images:
         texts = caption_file(image)
-        captions = read_text(texts).split("\n") if texts else None
+        captions = [line for line in read_text(texts).splitlines() if line.strip()] if texts else None
         path = str(image.relative_to(root))
         rows.append(Row(path, captions, None, path, split_of(path)))
     return rows
 
 
-def data_files(root: Path) -> list[Path]:
-    """Files of captions in a folder, or in its annotations/."""
-    pattern = re.compile(r"(\.(csv|tsv|jsonl|ndjson|json)(\.gz)?|captions\.txt|\.token\.txt)$")
-    return [
-        file
-        for folder in (root, root / "annotations")
-        for file in sorted(folder.glob("*"))
-        if pattern.search(file.name)
-    ]
+def data_files(root: Path) -> dict[Path, Optional[str]]:
+    """Files of captions in a folder, or in its annotations/, and the split that each is named after: train.csv, captions_val2017.json."""
+    pattern = re.compile(r"(\.(csv|tsv|jsonl|ndjson|json)(\.gz)?|^captions\.txt|\.token\.txt)$")
+    files = [file for file in sorted(root.glob("*")) if pattern.search(file.name)]
+    files += sorted((root / "annotations").glob("captions_*.json"))
+    return {file: SPLITS.get(re.sub(r"^captions_|\d{4}$", "", file.name.split(".")[0])) for file in files}
 
 
 def read_folder(root: Path, split: str, columns: Columns, streaming: bool) -> Source:
     """Whatever a folder holds.
 
     Raises:
-        ValueError: if it holds several data files that are not named as splits are.
+        ValueError: if it holds several data files that are not named as splits are, or images alone.
     """
     files = list(files_below(root))
     if metadata := [file for file in files if re.fullmatch(r"metadata\.(csv|jsonl)", file.name)]:
         return source_of(read_metadata(root, metadata, columns), split, root, [root])
     if any(file.suffix in (".parquet", ".arrow", ".tar") for file in files):
         return read_dataset(str(root.resolve()), split, columns, streaming, [root])
-    if any(file.suffix.lower() in IMAGE_SUFFIXES and caption_file(file) for file in files):
-        return source_of(read_sidecars(root, files, columns), split, root, [root])
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if any(caption_file(image) for image in images):
+        return source_of(read_sidecars(root, images, columns), split, root, [root])
     found = data_files(root)
-    by_split = [(file, SPLITS[file.name.split(".")[0]]) for file in found if file.name.split(".")[0] in SPLITS]
-    if found and len(by_split) == len(found):
-        rows = [row._replace(split=name) for file, name in by_split for row in read_file(file, columns)]
-        return source_of(rows, split, root, [root])
+    if found and all(found.values()):
+        return read_split_files(root, found, split, columns)
     if len(found) == 1:
-        return source_of(read_file(found[0], columns), split, root, image_folders(found[0]))
+        file = next(iter(found))
+        return source_of(read_file(file, columns), split, root, image_folders(file))
     if found:
-        names = ", ".join(str(file.relative_to(root)) for file in found[:9])
+        names = ", ".join(str(file.relative_to(root)) for file in list(found)[:9])
         raise ValueError(f"{root} holds several data files ({names}): give one of them with --dataset")
+    if images:
+        raise ValueError(
+            f"{root} holds {len(images)} images, but no captions: put photo.txt beside photo.jpg, or metadata.csv (file_name,text) into the "
+            "folder"
+        )
     return read_dataset(str(root.resolve()), split, columns, streaming, [root])
+
+
+def read_split_files(root: Path, files: dict[Path, str], split: str, columns: Columns) -> Source:
+    """Data files that are named after their splits; only those that are asked for are read."""
+    asked = {SPLITS.get(name, name) for name in split_names(split)}
+    if missing := asked - set(files.values()):
+        raise ValueError(
+            f"{root} has no split {', '.join(sorted(missing))}; it has {', '.join(sorted(set(files.values())))}"
+        )
+    rows, folders = [], []
+    for file, name in files.items():
+        if name in asked:
+            rows += [row._replace(split=name) for row in read_file(file, columns)]
+            folders += image_folders(file)
+    return source_of(rows, split, root, folders)
+
+
+def split_names(split: str) -> list[str]:
+    """The names in "train[:100]+validation"."""
+    return [part.split("[")[0] for part in split.split("+")]
 
 
 def image_folders(file: Path) -> list[Path]:
@@ -446,7 +488,7 @@ def source_of(rows: list[Row], split: str, path: Path, folders: list[Path]) -> S
     outside = by_split.pop(None, [])
     missed = len(outside) if by_split else 0
     if not by_split:
-        names = [part.split("[")[0] for part in split.split("+")] if path.is_file() else ["train"]
+        names = split_names(split) if path.is_file() else ["train"]
         by_split = dict.fromkeys(names, outside)
     sizes = {name: len(of_split) for name, of_split in by_split.items()}
     try:
@@ -506,7 +548,7 @@ def read_source(path: str, split: str, columns: Columns, streaming: bool = False
     if file.is_file():
         kind = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}.get(file.suffix.lower())
         if kind:  # a file is one split, whatever it is called
-            names = {part.split("[")[0]: str(file.resolve()) for part in split.split("+")}
+            names = dict.fromkeys(split_names(split), str(file.resolve()))
             source = read_dataset(kind, split, columns, streaming, [file.parent], data_files=names)
         else:
             source = source_of(read_file(file, columns), split, file, image_folders(file))
@@ -521,7 +563,7 @@ def read_source(path: str, split: str, columns: Columns, streaming: bool = False
     else:
         source = read_dataset(path, split, columns, streaming, [])
     if columns.image_dir is not None:
-        if not Path(columns.image_dir).is_dir():
+        source.folders = [Path(columns.image_dir).expanduser()]
+        if not source.folders[0].is_dir():
             raise ValueError(f"--image_dir {columns.image_dir}: no such folder")
-        source.folders = [Path(columns.image_dir)]
     return source
