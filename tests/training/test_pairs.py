@@ -162,6 +162,12 @@ SOURCES = {
     "kaggle flickr8k": lambda folder: lines(folder, "captions.txt", "image,caption", *each("{image},{text}")),
     "kaggle flickr30k": images_below,
     "flickr8k tokens": lambda folder: lines(folder, "Flickr8k.token.txt", *each("{image}#{n}\t{text}")),
+    "flickr8k tokens under a header": lambda folder: lines(
+        folder, "x.txt", "image|caption", *each("{image}#{n}|{text}")
+    ),
+    "kohya meta": lambda folder: lines(
+        folder, "meta_cap.json", json.dumps({image: {"caption": captions} for image, captions in CAPTIONS.items()})
+    ),
     "jsonl": json_lines,
     "jsonl.gz": zipped,
     "imagefolder": image_folder,
@@ -349,6 +355,11 @@ def test_text_of_a_table_stays_text(photos):
     file = lines(photos, "y.csv", "image,caption", "0.png,a dog, a cat", "1.png,a dog", "1.png,a dog")
     dataset, card = read_pairs(file, "train")
     assert dataset["captions"][:] == [["a dog, a cat"], ["a dog", "a dog"]] and card.repeated_captions == 1
+    file = lines(photos, "y.tsv", "image\tcaption", '0.png\t"Stop" says a sign', '1.png\ta 12" ball, "red', "2.png")
+    dataset, card = read_pairs(file, "train")
+    assert dataset["captions"][:] == [['"Stop" says a sign'], ['a 12" ball, "red']] and card.dropped == {
+        "no caption": 1
+    }
     file = lines(photos, "z.jsonl", json.dumps({"image": "0.png", "captions": [7, "", None, "a \ud800 b"]}))
     dataset, card = read_pairs(file, "train")
     assert dataset["captions"][:] == [["7", "a b"]] and card.dropped == {"empty caption": 2}
@@ -386,6 +397,7 @@ DAMAGED = {
         "x.csv, line 3: .*every quoted text is closed",
     ),
     "surplus field": ("x.csv", b"image,caption,n\na.png,a,dog,7\n", "line 2 has 4 fields, but there are 3 columns"),
+    "one name twice": ("x.csv", b"image,text,text\na.png,x,y\n", "x.csv: 3 columns, but several are called 'text'"),
     "cut document": ("x.json", b'{"images": [{"id": 1}', "x.json is not JSON, or cut off"),
     "damaged line": ("x.jsonl", b'{"image": "a.png", "caption": "x"}\n{"image": \n', "x.jsonl, line 2 is not JSON"),
     "a line that is a list": ("x.jsonl", b'{"image": "a.png"}\n["b.png"]\n', "line 2 is .*, but must be an object"),

@@ -32,7 +32,8 @@ class ImageFinder:
     """The file that a path in the data means.
 
     Args:
-        folders: where relative paths are looked for, in this order; the first file found is taken. The working directory is none of them.
+        folders: where relative paths are looked for, in this order; the first file found is taken. The working
+            directory is none of them.
     """
 
     def __init__(self, folders: Iterable[Path]):
@@ -59,8 +60,8 @@ class ImageFinder:
                     return os.path.normpath(file)
         if not os.path.isabs(path) and os.path.isfile(path):
             raise ValueError(
-                f"image {path} is in the working directory, but not where relative paths of these data are looked for ({self}); if the "
-                f"working directory is meant, give it: --image_dir ."
+                f"image {path} is in the working directory, but not where relative paths of these data are looked for "
+                f"({self}); if the working directory is meant, give it: --image_dir ."
             )
         raise UnusableImage("image file is missing")
 
@@ -72,7 +73,8 @@ def check_image(image: dict) -> dict:
         image: {"bytes", "path"}, of which one may be None.
 
     Returns:
-        `width`, `height` in pixels, `mode`, `digest` of the file's bytes, and `problem`: None, or why it cannot be used.
+        `width`, `height` in pixels, `mode`, `digest` of the file's bytes, and `problem`: None, or why it cannot be
+        used.
     """
     found = dict.fromkeys(CHECK)
     try:

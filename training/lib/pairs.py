@@ -47,9 +47,10 @@ class PairsCard:
     def __str__(self):
         least, mean, most = self.captions_per_image
         lines = [
-            f"{self.source} ({self.split}): {self.images:,} images, {self.captions:,} captions ({least} to {most} an image, "
-            f"{mean:.1f} on average; {self.words_per_caption[1]:.1f} words each)",
-            f"  sides {self.sides[0]} to {self.sides[1]} pixels; modes {self.modes}; captions not ASCII: {self.not_ascii:,}",
+            f"{self.source} ({self.split}): {self.images:,} images, {self.captions:,} captions ({least} to {most} an "
+            f"image, {mean:.1f} on average; {self.words_per_caption[1]:.1f} words each)",
+            f"  sides {self.sides[0]} to {self.sides[1]} pixels; modes {self.modes}; captions not ASCII: "
+            f"{self.not_ascii:,}",
         ]
         if len(self.splits) > 1:
             lines.append("  splits: " + ", ".join(f"{name} {rows:,}" for name, rows in self.splits.items()))
@@ -110,8 +111,8 @@ def find_image(image, find: ImageFinder) -> tuple[dict, str]:
 
 
 class ImageIds:
-    """Which rows are of one image, and its id: the id and the image's file or content must be the same. An id that another image has is
-    made longer, for the ids tell which images are held back."""
+    """Which rows are of one image, and its id: the id and the image's file or content must be the same. An id that
+    another image has is made longer, for the ids tell which images are held back."""
 
     def __init__(self, folders: list[str]):
         self.folders, self.ids, self.owners, self.shared = folders, {}, {}, 0
@@ -132,7 +133,8 @@ class ImageIds:
 
 
 def collect(source: Source, drops: Drops) -> tuple[list[dict], int, int]:
-    """The images in the order of their first appearance, not opened yet; the number of rows, and of ids of several images."""
+    """The images in the order of their first appearance, not opened yet; the number of rows, and of images whose id
+    another one has."""
     find, images, number = ImageFinder(source.folders), {}, -1
     ids = ImageIds(find.folders)
     for number, row in enumerate(source.rows()):
@@ -167,7 +169,7 @@ def collect(source: Source, drops: Drops) -> tuple[list[dict], int, int]:
 
 
 def images_of(source: Source, images: list[dict]) -> Dataset:
-    """A data set with the column `image` of these images: memory-mapped where the data hold them, else by their paths."""
+    """A data set with the column `image` of these images: memory-mapped where the data hold them, else by path."""
     if images and all(image["path"] is None for image in images):
         table = source.table.select([image["number"] for image in images]).select_columns(source.image_column)
         table = table if source.image_column == "image" else table.rename_column(source.image_column, "image")
@@ -190,8 +192,8 @@ def nothing_left(path, split: str, rows: int, drops: Drops, folders: list[Path])
     said = f"{path} ({split}): none of its {rows} rows can be used: {dict(drops.counts) or 'it is empty'}{example}"
     if drops.counts["image file is missing"]:
         said += (
-            f". Image files were looked for in {ImageFinder(folders)}; if they are elsewhere, say where with --image_dir. If the data are "
-            "captions without images, they cannot be used here"
+            f". Image files were looked for in {ImageFinder(folders)}; if they are elsewhere, say where with "
+            "--image_dir. If the data are captions without images, they cannot be used here"
         )
     return ValueError(said)
 
@@ -203,13 +205,14 @@ def read_pairs(
     caption_column: Optional[str] = None,
     image_dir: Optional[str] = None,
 ) -> tuple[Dataset, PairsCard]:
-    """All usable pairs of a source, and what was read and dropped. Every image is decoded once, to know that it can be; later calls
-    remember it.
+    """All usable pairs of a source, and what was read and dropped.
+
+    Every image is decoded once, to know that it can be; later calls remember it.
 
     Args:
-        path: a Hub id; a local folder (Parquet, Arrow, imagefolder with metadata.csv or .jsonl, text files beside the images); a file:
-            captions of COCO, Karpathy, BLIP or Kaggle, CSV, JSON lines (see `training/lib/readers.py`). One caption a row or
-            several; rows of one image are put together.
+        path: a Hub id; a local folder (Parquet, Arrow, imagefolder with metadata.csv or .jsonl, text files beside the
+            images); a file: captions of COCO, Karpathy, BLIP or Kaggle, CSV, JSON lines (see
+            `training/lib/readers.py`). One caption a row or several; rows of one image are put together.
         split: name of the split, or a slice such as "train[:100]".
         image_column, caption_column: their names, if they are not the usual ones.
         image_dir: the folder that relative image paths are meant from, if not the data file's.
@@ -235,30 +238,34 @@ def read_pairs(
             kept.append(image | check)
     if not kept:
         raise nothing_left(path, split, rows, drops, source.folders)
-    captions = [caption for image in kept for caption in image["captions"]]
-    sides = [side for image in kept for side in (image["width"], image["height"])]
-    card = PairsCard(
-        source=str(path),
-        split=split,
-        rows=rows,
-        images=len(kept),
-        captions=len(captions),
-        captions_per_image=spread([len(image["captions"]) for image in kept]),
-        words_per_caption=spread([len(caption.split()) for caption in captions]),
-        sides=(min(sides), max(sides)),
-        modes=dict(Counter(image["mode"] for image in kept)),
-        not_ascii=sum(not caption.isascii() for caption in captions),
-        dropped=dict(drops.counts),
-        names=drops.names,
-        splits=source.splits,
-        repeated_captions=len(captions) - sum(len(set(image["captions"])) for image in kept),
-        repeated_images=len(kept) - len({image["digest"] for image in kept}),
-        shared_ids=shared_ids,
-    )
+    card = card_of(str(path), split, kept, rows, drops)
+    card.splits, card.shared_ids = source.splits, shared_ids
     pairs = images_of(source, kept)
     for column in ("captions", "image_id"):
         pairs = pairs.add_column(column, [image[column] for image in kept])
     return pairs, card
+
+
+def card_of(path: str, split: str, images: list[dict], rows: int, drops: Drops) -> PairsCard:
+    """The card of images as `collect` gives them, with what `check_images` found."""
+    captions = [caption for image in images for caption in image["captions"]]
+    sides = [side for image in images for side in (image["width"], image["height"])]
+    return PairsCard(
+        source=path,
+        split=split,
+        rows=rows,
+        images=len(images),
+        captions=len(captions),
+        captions_per_image=spread([len(image["captions"]) for image in images]),
+        words_per_caption=spread([len(caption.split()) for caption in captions]),
+        sides=(min(sides), max(sides)),
+        modes=dict(Counter(image["mode"] for image in images)),
+        not_ascii=sum(not caption.isascii() for caption in captions),
+        dropped=dict(drops.counts),
+        names=drops.names,
+        repeated_captions=len(captions) - sum(len(set(image["captions"])) for image in images),
+        repeated_images=len(images) - len({image["digest"] for image in images}),
+    )
 
 
 def load_pairs(path: str | Path, split: str, max_images: Optional[int] = None, **columns) -> Dataset:
@@ -270,7 +277,8 @@ def load_pairs(path: str | Path, split: str, max_images: Optional[int] = None, *
 
 
 def read_texts(path: str | Path, split: str = "train", caption_column: Optional[str] = None) -> list[list[str]]:
-    """The captions of every image of a source, in its order; the images need not exist, as in `{"image_id": 9, "captions": [...]}`.
+    """The captions of every image of a source, in its order. The images need not exist: `{"image_id": 9, "captions":
+    [...]}` is enough.
 
     Raises:
         ValueError: as `read_pairs`.
@@ -317,14 +325,16 @@ def unknown_token_message(captions: Iterable, tokenizer, least: float = 0.01) ->
         return None
     examples = ", ".join(repr(word) for word, _ in unknown.most_common(5))
     return (
-        f"{100 * share:.0f} % of the words of the captions are not in the vocabulary ({tokenizer.unk_token}): {examples}. A model "
-        "trained on them cannot say them: take a decoder and tokenizer of the captions' language, or translate the captions"
+        f"{100 * share:.0f} % of the words of the captions are not in the vocabulary ({tokenizer.unk_token}): "
+        f"{examples}. A model trained on them cannot say them: take a decoder and tokenizer of the captions' language, "
+        "or translate the captions"
     )
 
 
 class PairStream:
-    """The pairs of a source one after the other, `{image, captions, image_id}`, never all on disk. Rows of one image are put together if
-    they follow one another. What cannot be used is counted in `dropped`.
+    """The pairs of a source one after the other, `{image, captions, image_id}`, never all on disk.
+
+    Rows of one image are put together if they follow one another. What cannot be used is counted in `dropped`.
 
     Args:
         path: a Hub id, or a local folder or file as in `read_pairs`.

@@ -5,6 +5,7 @@
 | COCO's captions_*.json | `images`, `annotations` | `read_coco` |
 | Karpathy's dataset_*.json | `images` with `sentences` and `split` | `read_karpathy` |
 | a JSON list (BLIP's), JSON lines (`blip-rbm caption --json`) | objects, one an image or a caption | `read_objects` |
+| a JSON object of captions by image file (kohya's meta_cap.json) | keys that name images | `read_mapping` |
 | CSV, TSV, Kaggle's captions.txt and results.csv, Flickr8k.token.txt | lines with a delimiter | `read_delimited` |
 | a folder with metadata.csv or metadata.jsonl | these names, at any depth | `read_metadata` |
 | a folder with photo.txt or photo.caption beside photo.png | pairs of files | `read_sidecars` |
@@ -19,6 +20,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -107,7 +109,8 @@ def find_column(columns, wanted: Optional[str], known: tuple[str, ...], what: st
 
 
 def caption_values(value) -> list[Optional[str]]:
-    """The captions of a row as text: of one text or number, a list of them, or objects that hold one. None for what is no caption."""
+    """The captions of a row as text: of one text or number, a list of them, or objects that hold one; None for what is
+    no caption."""
     if isinstance(value, str) or value is None:
         return [value and without_surrogates(value)]
     if isinstance(value, (list, tuple)):
@@ -145,8 +148,8 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{file}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8. If the file is Latin-1 or Windows-1252, convert it: "
-            f"iconv -f WINDOWS-1252 -t UTF-8 {file.name} > new-{file.name}"
+            f"{file}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8. If the file is Latin-1 or "
+            f"Windows-1252, convert it: iconv -f WINDOWS-1252 -t UTF-8 {file.name} > new-{file.name}"
         ) from None
     if "\0" in text:
         raise ValueError(f"{file} is neither text nor a format that is read (Parquet, Arrow, WebDataset's .tar)")
@@ -183,15 +186,15 @@ def read_coco(file: Path, content: dict, columns: Columns) -> list[Row]:
         key, name = id_text(image.get("id")), image.get("file_name")
         if names.setdefault(key, name) != name:
             raise ValueError(
-                f"{file}: image id {key} stands for two files, {names[key]} and {name}: give each an id of its own, then "
-                "their captions can be told apart"
+                f"{file}: image id {key} stands for two files, {names[key]} and {name}: give each an id of its own, "
+                "then their captions can be told apart"
             )
     rows = [Row(name, captions.pop(key, None), key, f"{file.name}, image {key}") for key, name in names.items()]
     return rows + [Row(None, of_image, key, f"{file.name}, image {key}") for key, of_image in captions.items()]
 
 
 def read_karpathy(file: Path, content: dict, columns: Columns) -> list[Row]:
-    """Karpathy's dataset_coco.json, dataset_flickr8k.json, dataset_flickr30k.json: `images` with `sentences` and `split`."""
+    """Karpathy's dataset_coco.json, dataset_flickr8k.json, ...: `images` with `sentences` and `split`."""
     return [
         Row(
             str(Path(image.get("filepath") or "") / (image.get("filename") or "")),
@@ -210,10 +213,21 @@ def read_objects(file: Path, content: list, columns: Columns, unit: str = "entry
     for number, entry in records:
         if not isinstance(entry, dict):
             raise ValueError(
-                f"{file}, {unit} {number} is {str(entry)[:40]!r}, but must be an object: {{'image': ..., 'caption': ...}}"
+                f"{file}, {unit} {number} is {str(entry)[:40]!r}, but must be an object: {{'image': ..., 'caption': "
+                "...}"
             )
     names = list(dict.fromkeys(name for _, entry in records for name in entry))
     return rows_of_records([(f"{file.name}, {unit} {n}", entry) for n, entry in records], names, columns, file)
+
+
+def read_object(file: Path, content: dict, columns: Columns) -> list[Row]:
+    """JSON lines of one line."""
+    return read_objects(file, [content], columns, "line")
+
+
+def read_mapping(file: Path, content: dict, columns: Columns) -> list[Row]:
+    """Captions by image file, as text, list or object: kohya's meta_cap.json."""
+    return [Row(name, captions, None, f"{file.name}, entry {n}") for n, (name, captions) in enumerate(content.items())]
 
 
 # documents of JSON, in this order: how each is known, and its reader
@@ -221,7 +235,8 @@ JSON_READERS = (
     (lambda content: "sentences" in (first_of(content, "images") or {}), read_karpathy),
     (lambda content: isinstance(content, dict) and {"images", "annotations"} <= set(content), read_coco),
     (lambda content: isinstance(first_of({"": content}, ""), dict), read_objects),
-    (lambda content: isinstance(content, dict) and find_known(content), lambda file, content, columns: read_objects(file, [content], columns)),
+    (lambda content: isinstance(content, dict) and looks_like_image(next(iter(content), "")), read_mapping),
+    (lambda content: isinstance(content, dict) and set(content) & set(CAPTION_COLUMNS), read_object),
 )  # fmt: skip
 
 
@@ -229,10 +244,6 @@ def first_of(content, name: str):
     """The first object of a list in a document, or None."""
     values = content.get(name) if isinstance(content, dict) else None
     return values[0] if isinstance(values, list) and values and isinstance(values[0], dict) else None
-
-
-def find_known(names) -> bool:
-    return any(name in names for name in CAPTION_COLUMNS)
 
 
 def read_json(file: Path, text: str, columns: Columns) -> list[Row]:
@@ -263,8 +274,8 @@ def read_json(file: Path, text: str, columns: Columns) -> list[Row]:
                     f"{file} is damaged: an entry is not an object as {reader.__name__} knows it ({error})"
                 ) from None
     raise ValueError(
-        f"{file} holds JSON, but neither COCO captions (images, annotations), nor Karpathy's (images with sentences), nor a "
-        "list of {'image': ..., 'caption': ...}"
+        f"{file} holds JSON, but neither COCO captions (images, annotations), nor Karpathy's (images with sentences), "
+        "nor a list of {'image': ..., 'caption': ...}"
     )
 
 
@@ -291,7 +302,7 @@ def read_delimited(file: Path, text: str, columns: Columns) -> list[Row]:
     Raises:
         ValueError: if columns are missing, or a line has too many fields, naming it.
     """
-    known = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, columns.image, columns.caption}
+    known = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *(name.lower() for name in (columns.image, columns.caption) if name)}
 
     def fit(delimiter: str):
         names = [name.strip(' "').lower() for name in text.split("\n", 1)[0].split(delimiter)]
@@ -301,10 +312,13 @@ def read_delimited(file: Path, text: str, columns: Columns) -> list[Row]:
     lines = parse_lines(file, text, delimiter)
     if fit(delimiter)[0] == 0 and fit(delimiter)[1]:
         names = ["image", "caption"]
-        lines = [(number, [re.sub(r"#\d+$", "", fields[0].strip()), *fields[1:]]) for number, fields in lines]
     else:
         names = [name.strip() for name in lines.pop(0)[1]] if lines else []
     caption = find_column(names, columns.caption, CAPTION_COLUMNS, "caption", str(file))
+    if twice := [name for name, number in Counter(names).items() if name and number > 1]:
+        raise ValueError(
+            f"{file}: {len(names)} columns, but several are called {twice[0]!r}: give each a name of its own"
+        )
     records = []
     for number, fields in lines:
         while len(fields) > len(names) and not fields[-1].strip():
@@ -315,13 +329,17 @@ def read_delimited(file: Path, text: str, columns: Columns) -> list[Row]:
                 f"{delimiter!r} in double quotes"
             )
         fields = [*fields[: len(names) - 1], delimiter.join(fields[len(names) - 1 :])]
+        if names[0] != caption and looks_like_image(fields[0]):  # without the number of the caption: a.jpg#0
+            fields[0] = re.sub(r"#\d+$", "", fields[0].strip())
         records.append((f"{file.name}, line {number}", dict(zip(names, fields))))
     return rows_of_records(records, names, columns, file)
 
 
 def parse_lines(file: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """The fields of every line that is not empty, and its number. Where quotes do not come in pairs they are signs as others, if delimiters
-    are tabs or bars, which captions do not hold.
+    """The fields of every line that is not empty, and its number.
+
+    Where quotes do not come in pairs they are signs like others, if delimiters are tabs or bars, which captions do not
+    hold.
 
     Raises:
         ValueError: naming the line on which a quote is wrong.
@@ -393,7 +411,8 @@ def caption_file(image: Path) -> Optional[Path]:
 
 
 def read_sidecars(root: Path, images: list[Path], columns: Columns) -> list[Row]:
-    """Every image of a folder, with the captions of the text file beside it, one a line (as kohya's scripts keep them)."""
+    """Every image of a folder, with the captions of the text file beside it (as kohya's scripts keep them), one a
+    line."""
     rows = []
     for image in images:
         texts = caption_file(image)
@@ -404,7 +423,8 @@ def read_sidecars(root: Path, images: list[Path], columns: Columns) -> list[Row]
 
 
 def data_files(root: Path) -> dict[Path, Optional[str]]:
-    """Files of captions in a folder, or in its annotations/, and the split that each is named after: train.csv, captions_val2017.json."""
+    """Files of captions in a folder, or in its annotations/, and the split that each is named after: train.csv,
+    captions_val2017.json."""
     pattern = re.compile(r"(\.(csv|tsv|jsonl|ndjson|json)(\.gz)?|^captions\.txt|\.token\.txt)$")
     files = [file for file in sorted(root.glob("*")) if pattern.search(file.name)]
     files += sorted((root / "annotations").glob("captions_*.json"))
@@ -436,8 +456,8 @@ def read_folder(root: Path, split: str, columns: Columns, streaming: bool) -> So
         raise ValueError(f"{root} holds several data files ({names}): give one of them with --dataset")
     if images:
         raise ValueError(
-            f"{root} holds {len(images)} images, but no captions: put photo.txt beside photo.jpg, or metadata.csv (file_name,text) into the "
-            "folder"
+            f"{root} holds {len(images)} images, but no captions: put photo.txt beside photo.jpg, or metadata.csv "
+            "(file_name,text) into the folder"
         )
     return read_dataset(str(root.resolve()), split, columns, streaming, [root])
 
@@ -463,7 +483,7 @@ def split_names(split: str) -> list[str]:
 
 
 def image_folders(file: Path) -> list[Path]:
-    """Where the images of a data file may lie: in its folder, in the usual ones below, or beside COCO's annotations/."""
+    """Where the images of a data file may lie: in its folder, in the usual ones below, or beside COCO's annotations."""
     roots = [file.parent] + [file.resolve().parent.parent] * (
         file.resolve().parent.name in ("annotations", "annotation")
     )
@@ -475,8 +495,8 @@ def source_of(rows: list[Row], split: str, path: Path, folders: list[Path]) -> S
     """The rows of a split.
 
     Args:
-        split: such as "train", "train[:100]", "train+validation". A file that knows no splits is whatever split is asked for; a folder
-            is "train".
+        split: such as "train", "train[:100]", "train+validation". A file that knows no splits is whatever split is
+            asked for; a folder is "train".
 
     Raises:
         ValueError: if there is no such split, or slice.
