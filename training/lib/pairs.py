@@ -21,6 +21,7 @@ from training.lib.readers import Columns, Row, Source, caption_values, read_sour
 
 
 NAMED = 5  # so many of the dropped are named
+ASKED = 20_000  # about so many captions, evenly spread, tell whether a vocabulary lacks words
 
 
 @dataclass
@@ -309,17 +310,15 @@ def unknown_token_message(captions: Iterable, tokenizer, least: float = 0.01) ->
         One sentence with the share and examples, or None.
     """
     texts = [text for of_image in captions for text in ([of_image] if isinstance(of_image, str) else of_image)]
-    words, unknown = 0, Counter()
-    for start in range(0, len(texts), 1024) if tokenizer.unk_token_id is not None else ():
+    texts = texts[:: 1 + len(texts) // ASKED]
+    words, unknown, unk = 0, Counter(), tokenizer.unk_token_id
+    for start in range(0, len(texts), 1024) if unk is not None else ():
         some = texts[start : start + 1024]
         for text, encoding in zip(some, tokenizer(some, add_special_tokens=False).encodings or []):
             words += len(set(encoding.word_ids))
-            spans = {
-                w: o
-                for i, w, o in zip(encoding.ids, encoding.word_ids, encoding.offsets)
-                if i == tokenizer.unk_token_id
-            }
-            unknown.update(text[begin:end] for begin, end in spans.values())
+            if unk in (ids := encoding.ids):
+                spans = {word: span for i, word, span in zip(ids, encoding.word_ids, encoding.offsets) if i == unk}
+                unknown.update(text[begin:end] for begin, end in spans.values())
     share = unknown.total() / max(words, 1)
     if share < least or not unknown:
         return None

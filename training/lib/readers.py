@@ -100,7 +100,7 @@ def find_column(columns, wanted: Optional[str], known: tuple[str, ...], what: st
     lower = {name.lower(): name for name in reversed(list(columns))}
     column = wanted or next((lower[name] for name in known if name in lower), None)
     if column is None:
-        texts = "If they are captions without images, they can train and shrink a vocabulary, but no captioner. "
+        texts = "If they are captions without images, a captioner cannot learn from them. "
         raise ValueError(
             f"{where}no column for the {what} was found among {sorted(columns)}. {texts * (what == 'image')}"
             f"Say which it is with --{what}_column (known by themselves: {', '.join(known)})"
