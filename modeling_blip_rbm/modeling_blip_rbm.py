@@ -346,7 +346,6 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
             attention_mask (B, T): 0 on pads. A 4D mask (B, 1, T, T), added to attention scores, is used as it is.
             labels (B, T): same layout as input_ids; -100 and pads do not count. Alone, they stand for input_ids too.
             encoder_attention_mask (B, N): image tokens to attend to.
-
         Returns:
             [`BlipRBMOutput`]; `loss` in nats per token, with `text_config.label_smoothing`.
         """
@@ -378,8 +377,8 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
             return_dict=True,
         )
         logits = self.text_decoder.cls(outputs.last_hidden_state[:, keep])
-        recorded = {name: outputs[name] for name in RECORDED if name in outputs}
         loss = None if labels is None else caption_loss(logits, labels, self.config.text_config.label_smoothing)
+        recorded = {name: outputs[name] for name in RECORDED if name in outputs}
         return BlipRBMOutput(loss=loss, logits=logits, image_embeds=image_embeds, **recorded)
 
     def _image_of(self, pixel_values, vision_hidden_states, image_embeds, past_key_values, interpolate_pos_encoding):
