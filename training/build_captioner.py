@@ -7,8 +7,8 @@ The vision encoder becomes the tower, the BERT-type text encoder BLIP's decoder:
 positions, cross-attention starts as a copy of self-attention, and two tokens are added, [DEC] and [ENC].
 
 With `--decoder` the words are those of a trained captioner and only the way from image to words is new; with
-`--aligned` as well, tokens are expected to have gone through an alignment layer: what SAIL's last claim is tested with
-(training/README.md).
+`--aligned` as well, tokens are expected to have gone through an alignment layer: `experiments/alignment/` tests SAIL's last
+claim so.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def build_tokenizer(text: str):
 
 def load_tower(vision: str):
     """A vision model by folder or Hub id, or the tower of a BLIP-RBM; `NAME@10`: its first 10 layers. Those of a tower
-    that was tuned for something else may say more of an image than the last (the alignment study in README.md tells).
+    that was tuned for something else may say more of an image than the last (`experiments/alignment/`).
 
     Raises:
         ValueError: for the first layers of a BLIP-RBM.
