@@ -17,7 +17,6 @@ import platform
 import re
 import statistics
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,7 +26,6 @@ from tqdm.auto import tqdm
 from transformers import BlipConfig, BlipForConditionalGeneration, DynamicCache, EncoderDecoderCache
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
-from modeling_blip_rbm.linear_blip_rbm import packed_linears
 from training.lib.checkpoints import write_json
 
 
@@ -66,24 +64,19 @@ class PeakMemory:
 
 class Ours:
     def __init__(self, model, int8: bool = False, **settings):
-        self.model, self.int8, self.settings = model, int8, settings
-
-    def ready(self):
-        return packed_linears(self.model, self.int8)  # as `generate` does, once for image and text
+        self.model, self.settings = model, settings
+        model.optimize_for_inference(int8)
 
     def vision(self, pixels):
-        return self.model.encode_image(pixels, rbm=self.settings.get("rbm", True))
+        return self.model.encode_for_generation(pixels, rbm=self.settings.get("rbm", True))
 
-    def decode(self, encoding, tokens, **kwargs):  # inside `ready`, whose packed weights `generate` leaves in place
+    def decode(self, encoding, tokens, **kwargs):
         return self.model.generate(encoding=encoding, **length(tokens), **kwargs | self.settings)
 
 
 class StockBLIP:
     def __init__(self, model):
         self.model = model
-
-    def ready(self):
-        return nullcontext()
 
     def vision(self, pixels):
         return self.model.vision_model(pixels)[0]
@@ -135,14 +128,13 @@ def serve(connection, folders: dict[type, Path], model: str, dtype: str, name: s
 def measured(contender, pixels, memory: bool, **kwargs) -> dict:
     """Seconds of vision, first token and whole decoding, with the tokens and the bytes of the cache; or peak megabytes."""
     if memory:
-        with PeakMemory() as peak, contender.ready():
+        with PeakMemory() as peak:
             contender.decode(contender.vision(pixels), NEW_TOKENS, **kwargs)
         return {"peak_megabytes": peak.megabytes}
     start = time.perf_counter()
-    with contender.ready():
-        image, vision = contender.vision(pixels), time.perf_counter() - start
-        _, first = timed(contender.decode, image, 1, **kwargs)
-        output, decoding = timed(contender.decode, image, NEW_TOKENS, return_dict_in_generate=True, **kwargs)
+    image, vision = contender.vision(pixels), time.perf_counter() - start
+    _, first = timed(contender.decode, image, 1, **kwargs)
+    output, decoding = timed(contender.decode, image, NEW_TOKENS, return_dict_in_generate=True, **kwargs)
     seconds = {"vision": vision, "first_token": first, "decoding": decoding}
     return {"seconds": seconds, "tokens": output.sequences.tolist(), "cache": cache_bytes(output.past_key_values)}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.decoding_blip_rbm import RBMGuidance
+from modeling_blip_rbm.generation_blip_rbm import RBMGuidance, words_said
 from modeling_blip_rbm.rbm import WORD_GAIN_ORDERS
 
 
@@ -42,9 +42,10 @@ def main():
         )
         said = captions[:, : captions.shape[1] // 2]  # half a caption
 
-        def gains_of(order: str):  # by a guide that has not kept them from an earlier call
+        def gains_of(order: str):
             vocab_size = config.text_config.vocab_size
-            return RBMGuidance(p, encoding.hidden_input, config.rbm_word_ids, vocab_size, 1.0, 1e9, order).gains(said)
+            guide = RBMGuidance(p, encoding.hidden_input, config.rbm_word_ids, vocab_size, 1.0, 1e9, order)
+            return guide.gains(words_said(said, guide.columns, len(config.rbm_word_ids)))
 
         exact = gains_of("exact")
         embeds = encoding.image_embeds.repeat_interleave(args.beams, 0)

@@ -1,9 +1,10 @@
 """Caption the photographs of this folder: BLIP beside BLIP-RBM with the RBM's words, as a table, a page and a picture.
 
-    python examples/demo.py                 # what `make demo` runs
-    python examples/demo.py my_photos/      # any images or folders
+    python examples/demo.py                                # what `make demo` runs
+    python examples/demo.py my_photos/                     # any images or folders
+    python examples/demo.py --picture docs/captions.png    # README's picture
 
-Writes demo.html and demo.png (a contact sheet) into the current folder.
+Writes a page, demo.html, and a contact sheet, demo.png, into the current folder.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")  # a picture in a file: no screen needed
 
 import matplotlib.pyplot as plt
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMImageToTextPipeline, BlipRBMProcessor, load_image
@@ -69,25 +71,30 @@ def write_page(rows, images, path: Path, model: str):
 
 
 def write_contact_sheet(rows, images, path: Path, columns: int = 4):
-    lines = -(-len(rows) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 4.6 * lines), squeeze=False)
+    """Square thumbnails in a grid, the captions below each; 256 colours, which keeps the file small."""
+    lines, side, room = -(-len(rows) // columns), 2.9, 1.5  # inches: of a thumbnail, and of the text below it
+    height = lines * (side + room)
+    figure, axes = plt.subplots(lines, columns, figsize=(columns * (side + 0.2), height), squeeze=False)
+    figure.subplots_adjust(
+        left=0.01, right=0.99, top=1 - 0.1 / height, bottom=room / height, wspace=0.06, hspace=room / side
+    )
     for axis in axes.flat:
         axis.axis("off")
     for axis, (file, row) in zip(axes.flat, rows.items()):
-        axis.imshow(images[file])
-        text = [
-            *textwrap.wrap(f"BLIP: {row['BLIP']}", 44),
-            *textwrap.wrap(f"BLIP-RBM: {row['BLIP-RBM']}", 44),
-            *textwrap.wrap(f"words: {', '.join(row['words'])}", 44),
-        ]
-        axis.text(0, -0.03, "\n".join(text), transform=axis.transAxes, va="top", fontsize=11, parse_math=False)
-    figure.tight_layout(h_pad=6)
-    figure.savefig(path, dpi=80, bbox_inches="tight")
+        axis.imshow(ImageOps.pad(images[file].convert("RGB"), (300, 300), color="whitesmoke"))
+        said = [f"BLIP: {row['BLIP']}", f"BLIP-RBM: {row['BLIP-RBM']}", f"RBM's words: {', '.join(row['words'])}"]
+        text = "\n".join(textwrap.fill(line, 38, subsequent_indent="  ") for line in said)
+        axis.text(0, -0.03, text, transform=axis.transAxes, va="top", fontsize=10, parse_math=False)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=80)
+    plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", default=[str(Path(__file__).parent)], help="images or folders")
+    parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="the contact sheet (default: demo.png)")
     parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="folder or Hub id")
     args = parser.parse_args()
     start = time.time()
@@ -101,8 +108,8 @@ def main() -> int:
     rows = {file: caption_both(captioner, image) for file, image in tqdm(images.items(), desc="caption", unit="image")}
     print_table(rows)
     write_page(rows, images, Path("demo.html"), Path(args.model).name)
-    write_contact_sheet(rows, images, Path("demo.png"))
-    print(f"\n{len(rows)} images in {time.time() - start:.0f} s: demo.html, demo.png")
+    write_contact_sheet(rows, images, args.picture)
+    print(f"\n{len(rows)} images in {time.time() - start:.0f} s: demo.html, {args.picture}")
     return 0
 
 

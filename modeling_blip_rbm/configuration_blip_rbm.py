@@ -30,6 +30,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_blip_rbm.BlipRBMConfig",
     "AutoModel": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
     "AutoModelForZeroShotImageClassification": "modeling_blip_rbm.BlipRBMForImageTextRetrieval",
     "AutoProcessor": "processing_blip_rbm.BlipRBMProcessor",
@@ -124,6 +125,8 @@ class BlipRBMConfig(BlipConfig):
         super().__init__(text_config=text_config, vision_config=None, **kwargs)
         self.vision_config = tower
         self.text_config.encoder_hidden_size = width or self.text_config.hidden_size
+        if getattr(self, "pad_token_id", None) is None:  # where Seq2SeqTrainer looks for it
+            self.pad_token_id = self.text_config.pad_token_id
 
         self.num_image_tokens = num_image_tokens
         self.vision_hidden_size = tower.hidden_size if own_tower else vision_hidden_size

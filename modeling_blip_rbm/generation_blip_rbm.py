@@ -222,9 +222,23 @@ class BlipRBMGenerationMixin(GenerationMixin):
                 raise ValueError(f"{name} is {getattr(settings, name)!r}, but this RBM has no phrases: allowed is 0")
         return settings
 
+    @torch.no_grad()
     def encode_for_generation(self, pixel_values=None, vision_hidden_states=None, rbm=True, **kwargs) -> ImageEncoding:
-        """As `encode_image`, by what `optimize_for_inference` prepared, if it was called."""
-        if pixel_values is not None and vision_hidden_states is None and (fast := behind_the_door(self)):
+        """As `encode_image`, by what `optimize_for_inference` prepares, as `generate` does."""
+        return self._encode(self._prepared(), pixel_values, vision_hidden_states, rbm, **kwargs)
+
+    def _prepared(self):
+        """What `optimize_for_inference` made, or makes now; None where the model's own modules are asked for."""
+        if not may_be_fast(self):
+            return None
+        fast = behind_the_door(self)
+        if fast is None and self.auto_optimize:
+            logger.info("the model is prepared for inference; model.auto_optimize = False leaves it as it is")
+            fast = open_door(self)
+        return fast
+
+    def _encode(self, fast, pixel_values=None, vision_hidden_states=None, rbm=True, **kwargs) -> ImageEncoding:
+        if fast is not None and pixel_values is not None and vision_hidden_states is None:
             pixel_values, vision_hidden_states = None, fast.vision_hidden_states(pixel_values.to(self.dtype), **kwargs)
             kwargs = {}
         return self.encode_image(pixel_values, vision_hidden_states, rbm=rbm, **kwargs)
@@ -265,33 +279,27 @@ class BlipRBMGenerationMixin(GenerationMixin):
                 asked.
         """
         settings = self._settings_for(generate_kwargs, rbm, rbm_diversity)
-        if self.auto_optimize and may_be_fast(self) and behind_the_door(self) is None:
-            logger.info("generate prepares the model for inference: model.auto_optimize = False leaves it as it is")
-            self.optimize_for_inference()
+        attention_mask = self._without_reference(input_ids, attention_mask, generate_kwargs.pop("labels", None))
+        fast = self._prepared()
         if encoding is None:
             extra = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
-            encoding = self.encode_for_generation(pixel_values, vision_hidden_states, rbm, **extra)
+            encoding = self._encode(fast, pixel_values, vision_hidden_states, rbm, **extra)
         elif pixel_values is not None or vision_hidden_states is not None:
             raise ValueError("encoding is the image already: leave pixel_values and vision_hidden_states out")
-        encoding, input_ids, attention_mask = self._fit_prompts(
-            encoding, input_ids, attention_mask, alone=settings.rbm_rerank
-        )
-        logits_processor = LogitsProcessorList(logits_processor or [])
-        if rbm_diversity:
+        alone = settings.rbm_rerank
+        encoding, input_ids, attention_mask = self._fit_prompts(encoding, input_ids, attention_mask, alone)
+        if rbm_diversity:  # each caption of an image is a row of its own
             n = self._setting(generate_kwargs, "num_return_sequences", 1)
             generate_kwargs["num_return_sequences"] = 1
             input_ids, attention_mask = input_ids.repeat_interleave(n, 0), attention_mask.repeat_interleave(n, 0)
-            logits_processor.append(
-                self._guidance(encoding.hidden_input.repeat_interleave(n, 0), settings, rbm_diversity)
-            )
-        elif settings.rbm_guidance:
-            logits_processor.append(self._guidance(encoding.hidden_input, settings))
+        guides = self._guides(fast, encoding.hidden_input, settings, rbm_diversity, len(input_ids))
         generate_kwargs |= self._within_context(generate_kwargs, input_ids.shape[1])
-        generate_kwargs |= self._image_inputs(encoding, len(input_ids), generate_kwargs)
+        generate_kwargs |= self._image_inputs(fast, encoding, len(input_ids), generate_kwargs)
         generate_kwargs |= {
+            "inputs": input_ids,  # else transformers makes some where the weights are, which may be nowhere yet
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "logits_processor": logits_processor,
+            "logits_processor": LogitsProcessorList([*(logits_processor or []), *guides]),
         }
         if settings.rbm_rerank and not rbm_diversity:
             return self._generate_reranked(encoding, settings, **generate_kwargs)
@@ -325,6 +333,15 @@ class BlipRBMGenerationMixin(GenerationMixin):
             value = getattr(kwargs.get("generation_config") or self.generation_config, name, None)
         return default if value is None else value
 
+    def _without_reference(self, input_ids, attention_mask, labels):
+        """The prompts' mask without what `labels` count: transformers' Seq2SeqTrainer hands `generate` the whole batch, and the caption
+        that is to be written would be its own prompt."""
+        if labels is None or input_ids is None:
+            return attention_mask
+        counted = (labels != -100) & (labels != self.decoder_pad_token_id)
+        before = counted.long().cumsum(1) == 0
+        return before.long() if attention_mask is None else attention_mask * before
+
     def _within_context(self, kwargs: dict, prompt_length: int) -> dict:
         """Lengths that end where the decoder's positions do, so that no memory is taken for tokens that cannot be."""
         limit = self.config.text_config.max_position_embeddings
@@ -334,15 +351,14 @@ class BlipRBMGenerationMixin(GenerationMixin):
         length = self._setting(kwargs, "max_length", None) or 20 + prompt_length  # transformers' own default
         return {"max_length": limit} if length > limit else {}
 
-    def _image_inputs(self, encoding: ImageEncoding, rows: int, kwargs: dict) -> dict:
+    def _image_inputs(self, fast, encoding: ImageEncoding, rows: int, kwargs: dict) -> dict:
         """How the decoder gets the image: by the fast path's cache, or as BLIP does, where something asks for BLIP's own modules."""
         recorded = any(
             self._setting(kwargs, name, False) or getattr(self.config.text_config, name, False)
             for name in ("output_attentions", "output_hidden_states")
         )
         own_cache = any(kwargs.get(name) is not None for name in ("past_key_values", "cache_implementation"))
-        fast = None if recorded or own_cache or kwargs.get("use_cache") is False else behind_the_door(self)
-        if fast is not None:
+        if fast is not None and not (recorded or own_cache or kwargs.get("use_cache") is False):
             return {"past_key_values": fast.new_cache(encoding.image_embeds)}
         return {"image_embeds": encoding.image_embeds.repeat_interleave(rows // len(encoding.image_embeds), 0)}
 
@@ -353,7 +369,7 @@ class BlipRBMGenerationMixin(GenerationMixin):
         if input_ids is None:
             input_ids = torch.full((images, 1), self.decoder_input_ids, device=encoding.image_embeds.device)
             return encoding, input_ids, torch.ones_like(input_ids)
-        input_ids, attention_mask = self._left_padded_prompts(input_ids, attention_mask)
+        input_ids, attention_mask = self._left_padded_prompts(input_ids, attention_mask, encoding.image_embeds.device)
         prompts = len(input_ids)
         if prompts == 1 < images:
             input_ids, attention_mask = input_ids.expand(images, -1), attention_mask.expand(images, -1)
@@ -365,14 +381,12 @@ class BlipRBMGenerationMixin(GenerationMixin):
             encoding = ImageEncoding(*(part.repeat_interleave(prompts // images, 0) for part in encoding))
         return encoding, input_ids, attention_mask
 
-    def _left_padded_prompts(self, input_ids, attention_mask):
+    def _left_padded_prompts(self, input_ids, attention_mask, device):
         """Per row: pads and a final [SEP] dropped, first token [DEC]; then padded on the left. New tensors."""
-        input_ids = torch.as_tensor(input_ids, device=self.device)
-        if input_ids.dim() == 1:
-            input_ids = input_ids[None]
-            attention_mask = None if attention_mask is None else torch.as_tensor(attention_mask)[None]
+        input_ids = torch.atleast_2d(torch.as_tensor(input_ids, device=device))
         if attention_mask is None:
-            attention_mask = (input_ids != self.decoder_pad_token_id).long()
+            attention_mask = input_ids != self.decoder_pad_token_id
+        attention_mask = torch.atleast_2d(torch.as_tensor(attention_mask, device=device))
         sep, limit = self.config.text_config.sep_token_id, self.config.text_config.max_position_embeddings
         rows = []
         for ids, mask in zip(input_ids, attention_mask):
@@ -391,21 +405,27 @@ class BlipRBMGenerationMixin(GenerationMixin):
 
     # ------------------------------------------------------------------ guide and samples
 
-    def _guidance(self, hidden_input, settings: DecodingSettings, diversity: float = 0.0) -> RBMGuidance:
-        config, order = self.config, settings.rbm_guidance_order
-        parameters = self.rbm_parameters()
+    def _guides(self, fast, hidden_input, settings: DecodingSettings, diversity: float, rows: int) -> list:
+        """The RBM's logits processors for so many rows of text: one, or none."""
+        if not (settings.rbm_guidance or diversity):
+            return []
+        config, order, parameters = self.config, settings.rbm_guidance_order, self.rbm_parameters()
         beta = settings.rbm_guidance or None
         if beta and settings.rbm_guidance_rarity:
             words = torch.tensor(config.rbm_word_ids, device=hidden_input.device)
             with weights_here(self.rbm_layer.phrases):
                 beta = beta * (1 + settings.rbm_guidance_rarity * self.rbm_layer.phrases.token_rarity(words))
-        fast = behind_the_door(self)
         product = fast.gain_product(parameters.U, order) if fast is not None else None
-        causes = bernoulli(torch.sigmoid(hidden_input)) if diversity else None
+        causes = None
+        if diversity:  # causes of its own for every row
+            hidden_input = hidden_input.repeat_interleave(rows // len(hidden_input), 0)
+            causes = bernoulli(torch.sigmoid(hidden_input))
         vocab_size, clip = config.text_config.vocab_size, settings.rbm_guidance_clip
-        return RBMGuidance(
-            parameters, hidden_input, config.rbm_word_ids, vocab_size, beta, clip, order, causes, diversity, product
-        )
+        return [
+            RBMGuidance(
+                parameters, hidden_input, config.rbm_word_ids, vocab_size, beta, clip, order, causes, diversity, product
+            )
+        ]
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
         """Transformers' own, which on a CPU draws tokens by `InverseTransformSampling`."""
@@ -461,7 +481,7 @@ class BlipRBMGenerationMixin(GenerationMixin):
         is_sep = (sequences == self.config.text_config.sep_token_id).long()
         before_end = is_sep.cumsum(1) - is_sep == 0
         mask = (before_end & (sequences != self.decoder_pad_token_id)).long()
-        image = self._image_inputs(encoding, len(sequences), {})
+        image = self._image_inputs(self._prepared(), encoding, len(sequences), {})
         logits = self(input_ids=sequences, attention_mask=mask, use_cache=True, **image).logits
         log_prob = logits[:, :-1].float().log_softmax(-1).gather(-1, sequences[:, 1:, None])[..., 0]
         counted = mask[:, 1:] * mask[:, :-1]

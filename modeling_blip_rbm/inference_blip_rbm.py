@@ -31,7 +31,7 @@ from transformers.models.blip.modeling_blip import BlipMLP
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 from .rbm import gain_weights
-from .vision_blip_rbm import ImageSelfAttention, vision_tokens
+from .vision_blip_rbm import ImageSelfAttention, check_pixels, vision_tokens
 
 
 IMAGES_AT_ONCE = 4  # on a CPU: what lies between the layers of so many images stays in its caches
@@ -466,6 +466,7 @@ class FastInference:
 
     def vision_hidden_states(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """(B, N, C) of images (B, 3, S, S), the vision tower's output."""
+        check_pixels(pixel_values)
         return image_tokens(self.tower, pixel_values, **kwargs)
 
     def new_cache(self, image_embeds: torch.Tensor) -> ImageCache:
@@ -494,9 +495,9 @@ def open_door(model, int8: bool = False) -> FastInference:
 
 
 def behind_the_door(model) -> Optional[FastInference]:
-    """The model's `FastInference` if the door was opened and may be used now, with the weights as they are now; else None."""
+    """The model's `FastInference` if the door was opened, with the weights as they are now; else None."""
     fast = _opened.get(model)
-    return open_door(model, fast.int8) if fast is not None and may_be_fast(model) else None
+    return None if fast is None else open_door(model, fast.int8)
 
 
 def may_be_fast(model) -> bool:

@@ -36,7 +36,15 @@ from .generation_blip_rbm import (
 from .inference_blip_rbm import ImageCache, is_capturing_hook
 from .phrases_blip_rbm import PhraseBlock
 from .rbm import JointRBM, RBMParameters, pairwise_mutual_information, word_gains
-from .vision_blip_rbm import RBMLayer, VisionProjector, new_vision_tower, pool_tokens, vision_tokens, weights_here
+from .vision_blip_rbm import (
+    RBMLayer,
+    VisionProjector,
+    check_pixels,
+    new_vision_tower,
+    pool_tokens,
+    vision_tokens,
+    weights_here,
+)
 
 
 try:  # transformers 5: initialises only what a checkpoint did not give
@@ -88,14 +96,11 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
         kwargs["output_loading_info"] = True
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         check_loaded(model, sorted(info["missing_keys"]), pretrained_model_name_or_path)
-        model._take_decoding_settings()
+        model._made()
         return (model, info) if output_loading_info else model
 
-    def _take_decoding_settings(self):
-        """Decoding settings from a config that still had them go into the generation config, unless it has its own."""
-        for name, value in self._moved_settings.items():
-            if getattr(self.generation_config, name, None) is None:
-                setattr(self.generation_config, name, value)
+    def _made(self):
+        """Called when the model has been built, and again when its weights have been loaded, which replaces parameters."""
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
         """As transformers' own, with the package's code beside the weights, so that `trust_remote_code` finds it."""
@@ -174,16 +179,6 @@ def check_loaded(model, missing: list[str], source):
         )
 
 
-def check_pixels(pixel_values: torch.Tensor):
-    """Raises ValueError if a pixel on a CPU is NaN or infinite. A GPU would have to be waited for."""
-    if (
-        pixel_values.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch.isfinite(pixel_values.sum())
-    ):
-        raise ValueError("pixel_values has NaN or infinite values: look at the images and at how they were processed")
-
-
 @dataclass
 class BlipRBMOutput(ModelOutput):
     """What the forward pass returns. `image_embeds` (B, N, D) is what the decoder attended to."""
@@ -195,6 +190,9 @@ class BlipRBMOutput(ModelOutput):
     hidden_states: Optional[tuple] = None
     attentions: Optional[tuple] = None
     cross_attentions: Optional[tuple] = None
+
+
+RECORDED = ("past_key_values", "hidden_states", "attentions", "cross_attentions")  # of the text decoder's output
 
 
 class ImageCrossAttention(BlipTextSelfAttention):
@@ -242,15 +240,23 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
             layer.crossattention.self = ImageCrossAttention(config.text_config, True, layer_idx=i)
         config.set_visible_size()
         self.rbm_layer = RBMLayer(config)
-        # the loss of captions does not reach the words of the RBM, and phrases are fitted to its causes: training/train_rbm.py trains it
-        self.rbm_layer.rbm.requires_grad_(False)
 
         self.decoder_input_ids = config.text_config.bos_token_id
         self.decoder_pad_token_id = config.text_config.pad_token_id
         self.post_init()
         self.generation_config = blip_generation_config(config)
         self._moved_settings = config.__dict__.pop("decoding_settings", {})
-        self._take_decoding_settings()
+        self._made()
+
+    def _made(self):
+        # the loss of captions does not reach the RBM's words, and phrases are fitted to its causes: training/train_rbm.py trains it
+        self.rbm_layer.rbm.requires_grad_(False)
+        for (
+            name,
+            value,
+        ) in self._moved_settings.items():  # of a config from before; a generation config that was loaded goes first
+            if getattr(self.generation_config, name, None) is None:
+                setattr(self.generation_config, name, value)
 
     @classmethod
     def from_blip(cls, blip: Union[str, Path, BlipForConditionalGeneration], **rbm_settings):
@@ -330,9 +336,7 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
         use_cache: Optional[bool] = None,
         output_attentions: Optional[bool] = None,
         output_hidden_states: Optional[bool] = None,
-        return_dict: Optional[
-            bool
-        ] = None,  # can_return_tuple heeds it; named here for exporters, which look at the signature
+        return_dict: Optional[bool] = None,  # for can_return_tuple; exporters look at the signature
     ) -> BlipRBMOutput:
         """
         Args:
@@ -342,29 +346,13 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
             attention_mask (B, T): 0 on pads. A 4D mask (B, 1, T, T), added to attention scores, is used as it is.
             labels (B, T): same layout as input_ids; -100 and pads do not count. Alone, they stand for input_ids too.
             encoder_attention_mask (B, N): image tokens to attend to.
-
         Returns:
             [`BlipRBMOutput`]; `loss` in nats per token, with `text_config.label_smoothing`.
         """
-        output_attentions, output_hidden_states = (
-            getattr(self.config, name) if given is None else given
-            for name, given in (
-                ("output_attentions", output_attentions),
-                ("output_hidden_states", output_hidden_states),
-            )
+        image_embeds = self._image_of(
+            pixel_values, vision_hidden_states, image_embeds, past_key_values, interpolate_pos_encoding
         )
-        if isinstance(past_key_values, ImageCache):
-            image_embeds = past_key_values.image_embeds
-        elif image_embeds is None and (pixel_values is not None or vision_hidden_states is not None):
-            image_embeds = self.encode_image(pixel_values, vision_hidden_states, interpolate_pos_encoding).image_embeds
-        elif image_embeds is None:
-            image_embeds = self._image_of_cache(past_key_values)
-        if labels is not None:
-            labels = self._masked_labels(labels, attention_mask)
-            if input_ids is None:
-                input_ids = self._input_ids_from_labels(labels)
-        elif input_ids is None:
-            input_ids = torch.full((image_embeds.shape[0], 1), self.decoder_input_ids, device=image_embeds.device)
+        input_ids, labels = self._tokens_of(input_ids, labels, attention_mask, image_embeds)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -373,7 +361,6 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
         ):  # one step of `generate`, which made this cache: inference_blip_rbm.py
             logits = past_key_values.logits(input_ids, attention_mask, position_ids, encoder_attention_mask, keep)
             return BlipRBMOutput(logits=logits, past_key_values=past_key_values, image_embeds=image_embeds)
-
         outputs = self.text_decoder.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -382,22 +369,36 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache if labels is None else False,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+            output_hidden_states=self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
             is_decoder=True,
             return_dict=True,
         )
         logits = self.text_decoder.cls(outputs.last_hidden_state[:, keep])
         loss = None if labels is None else caption_loss(logits, labels, self.config.text_config.label_smoothing)
-        return BlipRBMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            image_embeds=image_embeds,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
+        recorded = {name: outputs[name] for name in RECORDED if name in outputs}
+        return BlipRBMOutput(loss=loss, logits=logits, image_embeds=image_embeds, **recorded)
+
+    def _image_of(self, pixel_values, vision_hidden_states, image_embeds, past_key_values, interpolate_pos_encoding):
+        """(B, N, D) what the decoder attends to, from whichever the image is given as."""
+        if isinstance(past_key_values, ImageCache):
+            return past_key_values.image_embeds
+        if image_embeds is not None:
+            return image_embeds
+        if pixel_values is not None or vision_hidden_states is not None:
+            return self.encode_image(pixel_values, vision_hidden_states, interpolate_pos_encoding).image_embeds
+        return self._image_of_cache(past_key_values)
+
+    def _tokens_of(self, input_ids, labels, attention_mask, image_embeds):
+        """input_ids (B, T), and labels (B, T) in which what does not count is -100; each may stand for the other."""
+        if labels is not None:
+            labels = self._masked_labels(labels, attention_mask)
+            return self._input_ids_from_labels(labels) if input_ids is None else input_ids, labels
+        if input_ids is None:
+            input_ids = torch.full((image_embeds.shape[0], 1), self.decoder_input_ids, device=image_embeds.device)
+        return input_ids, None
 
     def _image_of_cache(self, past_key_values) -> torch.Tensor:
         """Stands for image_embeds where the cache holds the image's keys and values already: a token that nobody reads."""
@@ -494,7 +495,6 @@ class BlipRBMForImageTextRetrieval(BlipRBMPreTrainedModel):
         config.set_visible_size()
         self.rbm_layer = RBMLayer(config)
         self.post_init()
-        self._moved_settings = {}
 
     def get_image_features(self, pixel_values=None, vision_hidden_states=None) -> torch.Tensor:
         """a (B, H): the hidden input from images (B, 3, S, S), or from the tower's output (B, N, C)."""

@@ -35,6 +35,16 @@ def vision_tokens(outputs) -> torch.Tensor:
     return states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
 
 
+def check_pixels(pixel_values: torch.Tensor):
+    """Raises ValueError if a pixel on a CPU is NaN or infinite. A GPU would have to be waited for."""
+    if (
+        pixel_values.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.isfinite(pixel_values.sum())
+    ):
+        raise ValueError("pixel_values has NaN or infinite values: look at the images and at how they were processed")
+
+
 def pool_tokens(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
     """The pooled image of tokens (B, N, C).
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.lib.checkpoints import record_file, save_captioner, write_json
+from training.lib.checkpoints import record_file, refuse_other_output, save_captioner, write_json
+from training.lib.stage import run_stage
 
 
 def average(models: list) -> dict[str, torch.Tensor]:
@@ -38,6 +39,7 @@ def main():
     parser.add_argument("models", nargs="+", help="folders or Hub ids of captioners")
     parser.add_argument("--output_dir", required=True, help="where the average goes, in `best`")
     args = parser.parse_args()
+    refuse_other_output(args.output_dir, "captioner.json")
     models = [BlipRBMForConditionalGeneration.from_pretrained(name) for name in args.models]
     models[0].load_state_dict(average(models))
     output = Path(args.output_dir)
@@ -49,4 +51,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

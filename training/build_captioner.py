@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
-from training.align import load_image_layer
-from training.lib.checkpoints import record_of_training, save_captioner, write_json
+from modeling_blip_rbm.vision_blip_rbm import vision_tokens
+from training.lib.aligned import load_image_layer
+from training.lib.checkpoints import record_of_training, refuse_other_output, save_captioner, write_json
 from training.lib.encoders import load_image_processor, load_vision_model, states_of_blank
+from training.lib.stage import run_stage
 
 
 def build_tokenizer(text: str):
@@ -163,6 +164,7 @@ def main():
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    refuse_other_output(args.output_dir)
     torch.manual_seed(args.seed)
     if args.aligned and not args.decoder:
         parser.error("--aligned needs --decoder: the captioner whose words the new one begins with")
@@ -177,4 +179,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

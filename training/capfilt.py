@@ -30,13 +30,15 @@ from sklearn.metrics import roc_auc_score
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.rbm import hidden_input, pairwise_mutual_information, pointwise_mutual_information
-from training.evaluate_captions import caption_rows
 from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.captions import caption_rows
 from training.lib.checkpoints import refuse_other_output, write_json
-from training.lib.data import CaptionWords, caption_words, split_held_back
+from training.lib.data import CaptionWords, caption_words, choose_words, split_held_back
 from training.lib.distributed import new_accelerator
 from training.lib.features import cache_features, load_features
-from training.train_rbm import PooledPairs, RBMArguments, choose_words, in_pieces, train, with_new_rbm
+from training.lib.rbm_objective import PooledPairs, RBMArguments
+from training.lib.rbm_training import in_pieces, train, with_new_rbm
+from training.lib.stage import run_stage
 
 
 @dataclass
@@ -242,76 +244,6 @@ def write_pairs(images: Dataset, captions: list[list[str]], folder: Path, split:
     return len(kept)
 
 
-def main():
-    data, args = parse_arguments(DataArguments, CapFiltArguments)
-    refuse_other_output(args.output_dir, "capfilt.json", "rbm-0")
-    noisy_dir = Path(args.output_dir).with_name(Path(args.output_dir).name + "-noisy")
-    if args.shuffle:
-        refuse_other_output(noisy_dir, f"{data.train_split}.parquet")
-    if args.rounds < 1 or (args.rounds > 1 and not args.shuffle):
-        raise ValueError(
-            f"--rounds is {args.rounds}, but must be at least 1, and 1 without --shuffle: only RBMs of shuffled pairs are trained here"
-        )
-    if data.streaming:
-        raise ValueError("capfilt writes the images that it keeps, so it cannot stream them: leave --streaming out")
-    processor = BlipRBMProcessor.from_pretrained(args.model)
-    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
-    dataset, store = load_features(
-        data, model.vision_model, processor.image_processor, pooling=model.config.rbm_pooling
-    )
-    train_rows, held_rows = split_held_back(dataset, data.held_back)
-    captions, wrong = shuffled(dataset["captions"][:], args.shuffle, args.seed)
-    word_ids, report = model.config.rbm_word_ids, {}
-    if not word_ids:
-        if not args.shuffle:
-            raise ValueError(f"{args.model} has no RBM that knows words: train one first (training.train_rbm)")
-        word_ids = choose_words(processor.tokenizer, (captions[i] for i in train_rows), RBMArguments.num_words)
-    words = caption_words(processor.tokenizer, captions, word_ids)
-    if args.shuffle:
-        judges = noisy_judges(model, store, words, train_rows, held_rows, args)
-        for round_number in range(1, args.rounds):
-            chance = Filter(judges, store, words, held_rows, args.least, args.seed)(train_rows, words)[1]
-            left = [list(of_image) for of_image in captions]  # of held-back images all
-            for i, of_image in zip(train_rows, chance):
-                left[i] = kept_captions(captions[i], of_image, args.least)
-            left = caption_words(processor.tokenizer, left, word_ids)
-            judges = noisy_judges(model, store, left, train_rows, held_rows, args, round_number)
-    else:
-        rbm = model.rbm_layer.rbm
-        judges = [(rbm, train_rows)]
-        head, auc = fit_matching_head(rbm, store, words, held_rows, args.negatives, args.seed)
-        report |= {"matching_head": head, "auc_against_hard_negatives": auc}
-        config_file = Path(args.model) / "config.json"
-        if args.save and config_file.exists():
-            write_json(config_file, json.loads(config_file.read_text()) | {"rbm_match": head})
-    judge = Filter(judges, store, words, held_rows, args.least, args.seed)
-    evidence, chance = judge(train_rows, words)
-    kept = [kept_captions(captions[i], of_image, args.least) for i, of_image in zip(train_rows, chance)]
-    if args.shuffle:
-        is_wrong = np.concatenate([wrong[i] for i in train_rows])
-        report["auc_of_wrong_captions"] = float(roc_auc_score(is_wrong, -np.concatenate(evidence)))
-        right = [~wrong[i][of_image >= args.least] for i, of_image in zip(train_rows, chance)]
-        report["share_right_before"] = float(1 - is_wrong.mean())
-        report["share_right_after"] = float(np.concatenate(right).mean())
-    report |= {
-        "captions": sum(len(captions[i]) for i in train_rows), "kept": sum(map(len, kept)),
-        "share_wrong_estimated": judge.share_wrong,
-        "capfilt": asdict(args), "data": asdict(data),
-    }  # fmt: skip
-    if not any(kept):
-        raise ValueError(
-            f"no caption is right with a chance of --least {args.least} or more: give a lower one; nothing was written"
-        )
-    images, output_dir = dataset.select(train_rows), Path(args.output_dir)
-    if args.synthetic:
-        report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)
-    report["images_kept"] = write_pairs(images, kept, output_dir, data.train_split)
-    if args.shuffle:
-        write_pairs(images, [captions[i] for i in train_rows], noisy_dir, data.train_split)
-    write_json(output_dir / "capfilt.json", report)
-    print(json.dumps({name: value for name, value in report.items() if name not in ("capfilt", "data")}, indent=1))
-
-
 def add_synthetic(model, processor, images, kept, rows, words: CaptionWords, judge: Filter, data) -> int:
     """Add the model's own caption to images that lost captions, if it passes the same filter; how many did."""
     lost = [i for i, row in enumerate(rows) if len(kept[i]) < len(words[row])]
@@ -326,5 +258,102 @@ def add_synthetic(model, processor, images, kept, rows, words: CaptionWords, jud
     return len(passed)
 
 
+def refuse_impossible(data: DataArguments, args: CapFiltArguments):
+    """Raises ValueError for settings that cannot be, before anything is read."""
+    if args.rounds < 1 or (args.rounds > 1 and not args.shuffle):
+        raise ValueError(
+            f"--rounds is {args.rounds}, but must be at least 1, and 1 without --shuffle: only RBMs of shuffled pairs are trained here"
+        )
+    if data.streaming:
+        raise ValueError("capfilt writes the images that it keeps, so it cannot stream them: leave --streaming out")
+
+
+def judges_of_shuffled_pairs(model, processor, store, captions, words, train_rows, held_rows, args: CapFiltArguments):
+    """Two RBMs of noisy pairs; in every round but the first they are trained on the captions that the two before found right."""
+    judges = noisy_judges(model, store, words, train_rows, held_rows, args)
+    for round_number in range(1, args.rounds):
+        chance = Filter(judges, store, words, held_rows, args.least, args.seed)(train_rows, words)[1]
+        left = [list(of_image) for of_image in captions]  # of held-back images all
+        for i, of_image in zip(train_rows, chance):
+            left[i] = kept_captions(captions[i], of_image, args.least)
+        left = caption_words(processor.tokenizer, left, words.word_ids)
+        judges = noisy_judges(model, store, left, train_rows, held_rows, args, round_number)
+    return judges
+
+
+def save_matching_head(model, store, words, held_rows, args: CapFiltArguments) -> dict:
+    """Fit the matching head to the model's own RBM, and write it into the model's config.json if it is a folder."""
+    head, auc = fit_matching_head(model.rbm_layer.rbm, store, words, held_rows, args.negatives, args.seed)
+    config_file = Path(args.model) / "config.json"
+    if args.save and config_file.exists():
+        write_json(config_file, json.loads(config_file.read_text()) | {"rbm_match": head})
+    return {"matching_head": head, "auc_against_hard_negatives": auc}
+
+
+def how_well_found(wrong, rows, evidence, chance, least: float) -> dict[str, float]:
+    """How well exchanged captions are found: `wrong`, of each image which those are."""
+    is_wrong = np.concatenate([wrong[i] for i in rows])
+    right = [~wrong[i][of_image >= least] for i, of_image in zip(rows, chance)]
+    return {
+        "auc_of_wrong_captions": float(roc_auc_score(is_wrong, -np.concatenate(evidence))),
+        "share_right_before": float(1 - is_wrong.mean()),
+        "share_right_after": float(np.concatenate(right).mean()),
+    }
+
+
+def words_to_judge_by(model, processor, captions, train_rows, args: CapFiltArguments) -> CaptionWords:
+    """The RBM's words in the captions; of a captioner without an RBM, whose pairs are shuffled, the commonest ones."""
+    word_ids = model.config.rbm_word_ids
+    if not word_ids:
+        if not args.shuffle:
+            raise ValueError(f"{args.model} has no RBM that knows words: train one first (training.train_rbm)")
+        word_ids = choose_words(processor.tokenizer, (captions[i] for i in train_rows), RBMArguments.num_words)
+    return caption_words(processor.tokenizer, captions, word_ids)
+
+
+def main():
+    data, args = parse_arguments(DataArguments, CapFiltArguments)
+    output_dir = Path(args.output_dir)
+    refuse_impossible(data, args)
+    refuse_other_output(output_dir, "capfilt.json", "rbm-0")
+    noisy_dir = output_dir.with_name(output_dir.name + "-noisy")
+    if args.shuffle:
+        refuse_other_output(noisy_dir, f"{data.train_split}.parquet")
+    processor = BlipRBMProcessor.from_pretrained(args.model)
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    pooling = model.config.rbm_pooling
+    dataset, store = load_features(data, model.vision_model, processor.image_processor, pooling=pooling)
+    train_rows, held_rows = split_held_back(dataset, data.held_back)
+    captions, wrong = shuffled(dataset["captions"][:], args.shuffle, args.seed)
+    words, report = words_to_judge_by(model, processor, captions, train_rows, args), {}
+    if args.shuffle:
+        judges = judges_of_shuffled_pairs(model, processor, store, captions, words, train_rows, held_rows, args)
+    else:
+        judges = [(model.rbm_layer.rbm, train_rows)]
+        report |= save_matching_head(model, store, words, held_rows, args)
+    judge = Filter(judges, store, words, held_rows, args.least, args.seed)
+    evidence, chance = judge(train_rows, words)
+    kept = [kept_captions(captions[i], of_image, args.least) for i, of_image in zip(train_rows, chance)]
+    if args.shuffle:
+        report |= how_well_found(wrong, train_rows, evidence, chance, args.least)
+    report |= {
+        "captions": sum(len(captions[i]) for i in train_rows), "kept": sum(map(len, kept)),
+        "share_wrong_estimated": judge.share_wrong,
+        "capfilt": asdict(args), "data": asdict(data),
+    }  # fmt: skip
+    if not any(kept):
+        raise ValueError(
+            f"no caption is right with a chance of --least {args.least} or more: give a lower one; nothing was written"
+        )
+    images = dataset.select(train_rows)
+    if args.synthetic:
+        report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)
+    report["images_kept"] = write_pairs(images, kept, output_dir, data.train_split)
+    if args.shuffle:
+        write_pairs(images, [captions[i] for i in train_rows], noisy_dir, data.train_split)
+    write_json(output_dir / "capfilt.json", report)
+    print(json.dumps({name: value for name, value in report.items() if name not in ("capfilt", "data")}, indent=1))
+
+
 if __name__ == "__main__":
-    main()
+    run_stage(main)

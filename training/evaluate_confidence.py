@@ -33,6 +33,7 @@ from training.lib.data import split_held_back
 from training.lib.features import cache_features
 from training.lib.metrics import CiderD
 from training.lib.pairs import load_pairs
+from training.lib.stage import run_stage
 
 
 matplotlib.use("Agg")
@@ -234,4 +235,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

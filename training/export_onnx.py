@@ -19,6 +19,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from training.lib.checkpoints import refuse_other_output
+from training.lib.stage import run_stage
 
 
 class ImageEncoder(torch.nn.Module):
@@ -30,8 +31,12 @@ class ImageEncoder(torch.nn.Module):
 
     def forward(self, pixel_values):
         encoding = self.model.encode_image(pixel_values)
-        layers = self.model.text_decoder.bert.encoder.layer
-        cross = [t for layer in layers for t in layer.crossattention.self.keys_and_values(encoding.image_embeds)]
+        attentions = [layer.crossattention.self for layer in self.model.text_decoder.bert.encoder.layer]
+        cross = [
+            product(encoding.image_embeds).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+            for attention in attentions
+            for product in (attention.key, attention.value)
+        ]
         return encoding.image_embeds, encoding.hidden_input, *cross
 
 
@@ -125,4 +130,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

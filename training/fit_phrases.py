@@ -17,13 +17,13 @@ from scipy.sparse import csr_matrix
 from torch.nn.utils.rnn import pad_sequence
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.decoding_blip_rbm import ORDERS, ngram_numbers
-from modeling_blip_rbm.phrases_blip_rbm import PhraseBlock, length_factors
+from modeling_blip_rbm.phrases_blip_rbm import ORDERS, PhraseBlock, length_factors, ngram_numbers
 from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.captions import caption_tokens
 from training.lib.checkpoints import refuse_other_output, save_captioner, write_json
 from training.lib.data import split_held_back
 from training.lib.features import load_features
-from training.train_captioner import caption_tokens
+from training.lib.stage import run_stage
 
 
 @dataclass
@@ -136,4 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

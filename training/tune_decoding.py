@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from sklearn.feature_extraction.text import CountVectorizer
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.decoding_blip_rbm import SIMILARITIES
-from training.evaluate_captions import candidate_parts, caption_rows, chosen_by_rerank
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor, DecodingSettings
+from modeling_blip_rbm.configuration_blip_rbm import SIMILARITIES
 from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.captions import candidate_parts, caption_rows, caption_tokens, chosen_by_rerank, unigram_bias
 from training.lib.checkpoints import refuse_other_output, save_captioner, write_json
 from training.lib.data import split_held_back
 from training.lib.features import cache_features
 from training.lib.metrics import CiderD, bleu, corpus_diversity, tokenize
 from training.lib.pairs import load_pairs
-from training.train_captioner import caption_tokens, unigram_bias
+from training.lib.stage import run_stage
 
 
 @dataclass
@@ -106,7 +106,7 @@ class Choices:
     def outcome(self, weights: dict) -> dict:
         """The weights with mean CIDEr-D and vocabulary of what they choose."""
         images, n = self.cider.shape
-        chosen = np.arange(images) * n + chosen_by_rerank(self.parts, weights)
+        chosen = np.arange(images) * n + chosen_by_rerank(self.parts, DecodingSettings(**weights))
         vocabulary = int((self.said[chosen].sum(0) > 0).sum())
         return weights | {"cider": 100 * self.cider.flat[chosen].mean(), "vocabulary": vocabulary}
 
@@ -210,7 +210,7 @@ def tune_guide_and_rerank(model, held_back: HeldBack, plain_vocabulary: int, arg
             continue  # the same: nothing grows
         guides.append(dict(zip(GUIDE, guidance)))
         for name, value in guides[-1].items():
-            setattr(model.config, name, value)
+            setattr(model.generation_config, name, value)
         outputs, parts = candidate_parts(model, held_back.processor, held_back.store, held_back.rows, args.candidates)
         cider = np.array([[held_back.scorer.score(i, text) for text in of] for i, of in enumerate(outputs)])
         choices.append(Choices(outputs, parts, cider))
@@ -253,7 +253,8 @@ def main():
     model.generation_config.max_length = None  # max_new_tokens takes its place
     model.generation_config.num_beams, model.generation_config.max_new_tokens = args.num_beams, args.max_new_tokens
     held_back = HeldBack(processor, store, range(len(rows)), [captions[row] for row in rows])
-    config.rbm_guidance_order, config.rbm_rerank_candidates = args.order, args.candidates
+    decoding = model.generation_config
+    decoding.rbm_guidance_order, decoding.rbm_rerank_candidates = args.order, args.candidates
 
     plain = tune_plain(model, held_back, log_frequency, args)
     chosen_plain = most_varied(plain, args.tolerance, args.bleu_tolerance)
@@ -261,7 +262,7 @@ def main():
     print(json.dumps(rerank, indent=1))
     settings = {name: value for name, value in rerank["chosen"].items() if name.startswith("rbm_")}
     for name, value in {"rbm_rerank": True, **settings}.items():
-        setattr(config, name, value)
+        setattr(decoding, name, value)
     guide = held_back.measure(model, rbm_rerank=False)
     save_captioner(model, processor, args.output_dir, half=args.half)
     report = {
@@ -275,4 +276,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -29,13 +29,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
-from training.align import AlignArguments, Projection, embed, load_data, load_encoders, new_aligner, train
+from training.align import AlignArguments, embed, load_data, load_encoders, new_aligner, train
+from training.lib.aligned import Projection
 from training.lib.checkpoints import write_json
 from training.lib.data import split_held_back
 from training.lib.distributed import new_accelerator
 from training.lib.metrics import tokenize
 from training.lib.pairs import load_pairs
 from training.lib.retrieval import recalls
+from training.lib.stage import run_stage
 from training.report import retrieval_table
 
 
@@ -240,4 +242,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

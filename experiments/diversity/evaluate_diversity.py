@@ -19,12 +19,13 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, set_seed
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.evaluate_captions import caption_rows
 from training.lib.arguments import MeasureArguments, parse_arguments
+from training.lib.captions import caption_rows
 from training.lib.checkpoints import write_json
 from training.lib.features import cache_features
 from training.lib.metrics import CiderD, set_diversity
 from training.lib.pairs import load_pairs
+from training.lib.stage import run_stage
 
 
 matplotlib.use("Agg")
@@ -141,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from training.lib.checkpoints import write_json
+from training.lib.stage import run_stage
 
 
 KINDS = ("noisy", "filtered", "filtered + synthetic")
@@ -89,4 +90,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

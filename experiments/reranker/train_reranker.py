@@ -24,17 +24,19 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.decoding_blip_rbm import caption_similarity, consensus, word_columns, words_said
+from modeling_blip_rbm.generation_blip_rbm import caption_similarity, consensus, word_columns, words_said
 from modeling_blip_rbm.rbm import hidden_input, pointwise_mutual_information
-from training.evaluate_rbm import evaluate_rbm
 from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.captions import caption_tokens, other_tokens
 from training.lib.checkpoints import record_of_training, refuse_other_output, save_captioner, write_json
 from training.lib.data import caption_words, fold_of, split_held_back
 from training.lib.distributed import new_accelerator
 from training.lib.features import load_features
 from training.lib.metrics import CiderD
-from training.train_captioner import caption_tokens, other_tokens
-from training.train_rbm import PooledPairs, RBMArguments, RBMObjective, prepared, train_epoch
+from training.lib.rbm_evaluation import evaluate_rbm
+from training.lib.rbm_objective import PooledPairs, RBMArguments, RBMObjective
+from training.lib.rbm_training import prepared, train_epoch
+from training.lib.stage import run_stage
 
 
 FASTER = 30  # times the learning rate, of the weights of a score's parts
@@ -81,7 +83,7 @@ def write_candidates(writer, processor, store, rows, active, args: RerankerArgum
         special = (text.pad_token_id, text.sep_token_id, text.bos_token_id)
         parts["sequences"].append(sequences)
         parts["log_prob"].append((log_prob / length.clamp(min=1)).view(-1, n))
-        parts["consensus"].append(consensus(caption_similarity(sequences, "cosine", special)))
+        parts["consensus"].append(consensus(caption_similarity(sequences, "jaccard", special)))
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
@@ -248,4 +250,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

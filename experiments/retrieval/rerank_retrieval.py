@@ -34,7 +34,6 @@ from tqdm.auto import tqdm
 
 from experiments.alignment.evaluate_alignment import runs_of, settings_of, trained_aligner
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.linear_blip_rbm import packed_linears
 from training.align import embed, sum_of_recalls
 from training.lib.arguments import bf16_is_fast
 from training.lib.checkpoints import write_array, write_json
@@ -43,6 +42,7 @@ from training.lib.distributed import new_accelerator
 from training.lib.features import cache_features, tower_fingerprint
 from training.lib.pairs import load_pairs
 from training.lib.retrieval import recalls, without_hubs
+from training.lib.stage import run_stage
 from training.report import retrieval_table
 
 
@@ -135,7 +135,7 @@ class Likelihoods:
     """log P(caption | image) by a captioner, of images by their cached features.
 
     Args:
-        dtype: in which the decoder computes: "float32", "bfloat16", or "auto": bf16 where the first process finds it faster.
+        dtype: in which the decoder computes: "float32", "bfloat16", or "auto": bf16 where the processor is faster in it.
     """
 
     def __init__(self, captioner: str, cache_dir: str, batch_size: int = 64, dtype: str = "auto"):
@@ -143,9 +143,9 @@ class Likelihoods:
         self.tower = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).vision_model.eval()
         self.processes = PartialState()
         if dtype == "auto":
-            # a measurement, which may come out differently in two processes: all are to give likelihoods of one kind
-            dtype = "bfloat16" if broadcast(torch.tensor(bf16_is_fast())) else "float32"
+            dtype = "bfloat16" if bf16_is_fast() else "float32"
         self.model = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=getattr(torch, dtype)).eval()
+        self.model.optimize_for_inference()
         self.processor = BlipRBMProcessor.from_pretrained(captioner)
         self.cache_dir, self.batch_size = cache_dir, batch_size
 
@@ -168,7 +168,7 @@ class Likelihoods:
         pad = self.model.config.text_config.pad_token_id
         lengths = torch.tensor([len(ids) for ids in token_ids])
         images = missing.any(1).nonzero().flatten()[self.processes.process_index :: self.processes.num_processes]
-        with packed_linears(self.model), tqdm(total=int(missing[images].sum()), desc=desc) as bar:
+        with tqdm(total=int(missing[images].sum()), desc=desc) as bar:
             for image in images.tolist():
                 captions = missing[image].nonzero().flatten()
                 captions = captions[lengths[captions].argsort()]  # rows of like length together
@@ -220,7 +220,7 @@ def choose(gallery: Gallery) -> dict[str, dict]:
     return {"together": {}, "hubs": hubs, "likelihood": likelihood, "hubs and likelihood": both}
 
 
-def main():
+def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, help="output folders of training.align")
     parser.add_argument("--captioners", nargs="+", required=True, help="folders or Hub ids of BLIP-RBMs")
@@ -258,6 +258,11 @@ def main():
     args.final_runs = args.final_runs or args.runs
     if len(args.final_runs) != len(args.runs):
         parser.error(f"--final_runs {args.final_runs}: one for each of {len(args.runs)} runs is needed")
+    return args
+
+
+def main():
+    args = parsed_arguments()
     accelerator = new_accelerator(args.seed)
     # weights are chosen on what no run was trained on, and applied to the split
     galleries = [
@@ -292,4 +297,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -80,9 +80,7 @@ def test_settings_of_a_config_from_before_reach_generate(blip, pixel_values, tmp
     """Checkpoints and code from when the config had them: as from_blip's arguments, set afterwards, and in a config.json."""
     expected = BlipRBMForConditionalGeneration.from_blip(blip, rbm_word_ids=WORD_IDS, rbm_hidden_size=7)
     expected.generation_config.rbm_guidance = 3.0
-    model = BlipRBMForConditionalGeneration.from_blip(
-        blip, rbm_word_ids=WORD_IDS, rbm_hidden_size=7, rbm_guidance=3.0
-    )
+    model = BlipRBMForConditionalGeneration.from_blip(blip, rbm_word_ids=WORD_IDS, rbm_hidden_size=7, rbm_guidance=3.0)
     assert model.decoding_settings() == expected.decoding_settings()
     model.config.update({"rbm_rerank": True, "rbm_rerank_candidates": 3})
     assert model.decoding_settings() == DecodingSettings(rbm_guidance=3.0, rbm_rerank=True, rbm_rerank_candidates=3)

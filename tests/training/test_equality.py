@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from tests.conftest import REPO
-from tests.stages import in_process, succeed
+from tests.stages import in_process, module_of, succeed
 from training.lib.distributed import Checkpoint
 
 
@@ -124,7 +124,7 @@ def test_the_rbm_stage_does_not_depend_on_the_number_of_processes(rbm_command, t
 def killed_and_started_again(module, command, output_dir, appears, tmp_path):
     """Run a stage, kill it (SIGKILL) as soon as a file appears, run it again to its end."""
     environment = {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-m", f"training.{module}", *map(str, command), "--output_dir", output_dir]
+    command = [sys.executable, "-m", module_of(module), *map(str, command), "--output_dir", output_dir]
     running = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )

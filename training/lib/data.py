@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, Image
 from PIL import ImageEnhance, ImageOps
 
-from modeling_blip_rbm.decoding_blip_rbm import word_columns
+from modeling_blip_rbm.generation_blip_rbm import word_columns
 
 
 # How one cached training view differs from the plain image. View 0 is the plain image, view 1 its mirror image, and
@@ -149,3 +149,26 @@ def caption_words(tokenizer, captions, word_ids) -> CaptionWords:
         tokenizer(list(of_image), add_special_tokens=False)["input_ids"] if of_image else [] for of_image in captions
     )
     return CaptionWords(tokenized, word_ids, len(tokenizer))
+
+
+# Words without content, which the decoder's grammar needs and the image does not decide.
+FUNCTION_WORDS = set(
+    "a an the this that these those some any each every another other his her hers its their theirs my your our he she "
+    "it they them him himself herself itself themselves i you we who whom whose which what where when while as if than "
+    "then so and or but nor not no of in on at by for from with without to into onto off out up down over under through "
+    "across along around about above below behind beside near next between among during after before against toward "
+    "towards upon is are was were be been being am has have had having do does did can could will would may might there "
+    "here very just also too s t".split()
+)
+
+
+def choose_words(tokenizer, captions: Iterable[list[str]], num_words: int) -> list[int]:
+    """Token ids of the most frequent content words (whole word-pieces, letters only), ascending."""
+    counts = torch.zeros(len(tokenizer), dtype=torch.long)
+    for of_image in captions:
+        for ids in tokenizer(list(of_image), add_special_tokens=False)["input_ids"]:
+            counts[torch.tensor(sorted(set(ids)), dtype=torch.long)] += 1
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    content = torch.tensor([token.isalpha() and token not in FUNCTION_WORDS for token in tokens])
+    order = (counts * content).argsort(descending=True, stable=True)[:num_words]
+    return sorted(order[counts[order] > 0].tolist())

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration
-from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
+from modeling_blip_rbm.vision_blip_rbm import vision_tokens
 from training.lib.checkpoints import write_array
 from training.lib.features import cache_features, tower_fingerprint
 

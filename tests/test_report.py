@@ -1,0 +1,60 @@
+"""The tables of the documents, made of results files."""
+
+import pytest
+
+from training import report
+
+
+def test_blocks_are_renewed_and_the_rest_stays():
+    text = "before <!-- a --> old <!-- /a --> between\n<!-- b -->\nold\nlines\n<!-- /b -->\nafter"
+    filled = report.filled(text, {"a": "1.5", "b": "| new |"})
+    assert filled == "before <!-- a -->1.5<!-- /a --> between\n<!-- b -->\n| new |\n<!-- /b -->\nafter"
+    assert report.filled(filled, {"a": "1.5", "b": "| new |"}) == filled
+
+
+def test_an_empty_block_is_filled_on_lines_of_its_own():
+    assert report.filled("<!-- a -->\n<!-- /a -->", {"a": "| x |"}) == "<!-- a -->\n| x |\n<!-- /a -->"
+
+
+def test_a_name_stands_in_a_document_twice():
+    assert report.filled("<!-- a -->1<!-- /a --> <!-- a -->2<!-- /a -->", {"a": "3"}).count("3") == 2
+
+
+def test_yaml_comments_are_markers_too():
+    assert report.filled("---\n# a\nold: 1\n# /a\nkept: 2", {"a": "new: 3"}) == "---\n# a\nnew: 3\n# /a\nkept: 2"
+
+
+def test_unknown_and_open_markers_are_refused():
+    with pytest.raises(ValueError, match="speeed"):
+        report.filled("<!-- speeed -->1<!-- /speeed -->", {"speed": "2"})
+    with pytest.raises(ValueError, match="not closed"):
+        report.filled("<!-- speed -->1", {"speed": "2"})
+    with pytest.raises(ValueError, match="not closed"):
+        report.filled("# speed\nname: x# /speed", {"speed": "2"})
+
+
+def test_table_and_interval():
+    assert report.table(["", "R@1"], [["a", "3"], ["b", "5"]]) == "|  | R@1 |\n|---|---|\n| a | 3 |\n| b | 5 |"
+    assert report.interval({"difference": 7.32, "low": -0.51, "high": 9.6}) == "+7.3 [-0.5, +9.6]"
+
+
+def test_results_that_were_not_measured_stay_empty():
+    blip = {"CIDEr-D": 11.0, "BLEU-4": 3.0, "ROUGE-L": 7.0, "vocabulary": 13, "novel": 0.5}
+    results = {
+        "images": 1031,
+        "dataset": "d",
+        "split": "s",
+        "systems": {"BLIP": blip},
+        "ablation": {},
+        "difference": {"CIDEr-D": {"difference": 2.0, "low": 1.0, "high": 3.0}},
+    }
+    lines = report.systems_table(results, {"BLIP": "said"}).splitlines()
+    assert lines[0].startswith("| 1,031 images of d s | CIDEr-D |")
+    assert lines[2] == "| said | 11.0 | 3.0 | 7.0 |  | 13 | 0.50 |"
+    assert lines[3] == "| BLIP-RBM minus BLIP [95 % interval] | +2.0 [+1.0, +3.0] |  |  |  |  |  |"
+
+
+def test_every_block_is_used_in_a_document_and_every_document_has_one():
+    texts = {name: (report.REPO / name).read_text() for name in report.DOCUMENTS}
+    for name in report.blocks():
+        assert any(f"<!-- {name} -->" in text or f"\n# {name}\n" in text for text in texts.values()), name
