@@ -33,13 +33,17 @@ def bf16_is_fast() -> bool:
 class SourceArguments:
     """Where image-caption pairs come from, see `training/lib/pairs.py`."""
 
-    dataset: str = field(metadata={"help": "Hub id, folder, or file (COCO .json, .csv, .tsv, .jsonl)"})
+    dataset: str = field(metadata={"help": "Hub id, folder, or data file (see training/lib/readers.py)"})
+    image_dir: Optional[str] = field(
+        default=None, metadata={"help": "folder that relative image paths are meant from, if not the data file's"}
+    )
     image_column: Optional[str] = field(default=None, metadata={"help": "its name, if it is not found by itself"})
     caption_column: Optional[str] = field(default=None, metadata={"help": "its name, if it is not found by itself"})
 
     @property
     def columns(self) -> dict:
-        return {"image_column": self.image_column, "caption_column": self.caption_column}
+        names = ("image_column", "caption_column", "image_dir")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
