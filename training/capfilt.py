@@ -340,6 +340,10 @@ def main():
     judge = Filter(judges, store, words, held_rows, args.least, args.seed)
     evidence, chance = judge(train_rows, words)
     kept = [kept_captions(captions[i], of_image, args.least) for i, of_image in zip(train_rows, chance)]
+    if not any(kept):
+        raise ValueError(
+            f"no caption is right with a chance of --least {args.least} or more: give a lower one; nothing was written"
+        )
     if args.shuffle:
         report |= how_well_found(wrong, train_rows, evidence, chance, args.least)
     report |= {
@@ -347,10 +351,6 @@ def main():
         "share_wrong_estimated": judge.share_wrong,
         "capfilt": asdict(args), "data": asdict(data),
     }  # fmt: skip
-    if not any(kept):
-        raise ValueError(
-            f"no caption is right with a chance of --least {args.least} or more: give a lower one; nothing was written"
-        )
     images = dataset.select(train_rows)
     if args.synthetic:
         report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)

@@ -130,7 +130,7 @@ def killed_and_started_again(module, command, output_dir, appears, tmp_path):
     running = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not (tmp_path / output_dir / appears).exists():
         assert running.poll() is None, running.stderr.read()[-3000:]
         assert time.time() < deadline
