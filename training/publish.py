@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from modeling_blip_rbm.configuration_blip_rbm import HUB_FILES
 from training.lib.checkpoints import checksum, kind_of_model, whole_folder, write_json
+from training.lib.stage import run_stage
 
 
 PACKAGE = Path(__file__).resolve().parent.parent / "modeling_blip_rbm"
@@ -129,7 +130,11 @@ def stage(model: str | Path, staging: str | Path, repo_id: str) -> list[str]:
         for file in [*files, *(PACKAGE / name for name in HUB_FILES)]:
             shutil.copyfile(file, new / file.name)
         if not (new / "README.md").exists():
-            (new / "README.md").write_text(card_of(new, repo_id))
+            try:
+                (new / "README.md").write_text(card_of(new, repo_id))
+            except (KeyError, TypeError) as error:
+                found = f"{model / 'results.json'} is not what training.evaluate_captions writes ({error!r})"
+                raise ValueError(f"{found}: remove it, or evaluate the model again") from error
         staged = {file.name: checksum(file) for file in sorted(new.iterdir())}
         write_json(new / MARKER, staged)
     return list(staged)
@@ -248,7 +253,11 @@ def main():
     files = stage(args.model, staging, args.repo_id)
     size = sum((Path(staging) / name).stat().st_size for name in files)
     print(f"{staging}: {len(files)} files, {size / 1e6:.1f} MB: {', '.join(files)}")
-    print(f"loads in a clean process: {json.dumps(check(staging, args.image))}")
+    try:
+        print(f"loads in a clean process: {json.dumps(check(staging, args.image))}")
+    except RuntimeError as error:  # its last line says what is wrong with the model; BLIP_RBM_DEBUG=1 shows all
+        first, *_, last = str(error).splitlines()
+        raise ValueError(f"{first} {last}") from error
     if args.dry_run:
         print("dry run: nothing uploaded")
     else:
@@ -256,8 +265,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"publish: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_stage(main)

@@ -187,8 +187,16 @@ def test_push_to_hub_keeps_the_code(hub, saved_model, tmp_path):
     assert check(files_in(tmp_path / "arrived", by_trainer))["class"] == "BlipRBMForConditionalGeneration"
 
 
-def test_dry_run_uploads_nothing(tmp_path):
-    result = publish("--repo_id", "me/captions", "--staging", tmp_path / "x", "--dry_run")  # no server there
+@pytest.fixture
+def trained(model, processor, tmp_path):
+    save_captioner(model, processor, tmp_path / "trained", max_shard_size="20KB")
+    return tmp_path / "trained"
+
+
+def test_dry_run_uploads_nothing(trained, tmp_path):
+    result = publish(
+        "--model", trained, "--repo_id", "me/captions", "--staging", tmp_path / "x", "--dry_run"
+    )  # no server there
     assert result.returncode == 0 and "nothing uploaded" in result.stdout, result.stderr[-2000:]
 
 
@@ -197,12 +205,6 @@ def test_what_would_not_load_is_not_uploaded(tmp_path):
     (tmp_path / "x" / "rbm.py").unlink()
     with pytest.raises(RuntimeError, match=r"does not load by itself:[\s\S]*rbm"):
         check(tmp_path / "x")
-
-
-@pytest.fixture
-def trained(model, processor, tmp_path):
-    save_captioner(model, processor, tmp_path / "trained", max_shard_size="20KB")
-    return tmp_path / "trained"
 
 
 def content(folder):
@@ -308,8 +310,27 @@ def test_a_refusal_is_one_line(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "modeling_blip_rbm.py").write_text("mine")
     result = publish("--repo_id", "me/captions", "--staging", tmp_path / "x", "--dry_run")
-    assert result.returncode == 2 and result.stderr.startswith("publish: --staging ") and result.stderr.count("\n") == 1
+    assert (
+        result.returncode == 2
+        and result.stderr.startswith("publish: error: --staging ")
+        and result.stderr.count("\n") == 1
+    )
     assert content(tmp_path / "x") == {"modeling_blip_rbm.py": b"mine"}
+
+
+def test_results_of_another_kind_are_named(trained, tmp_path):
+    for text in ("[1]", "3", '{"systems": {}, "images": 7, "dataset": "d", "split": "s"}'):
+        (trained / "results.json").write_text(text)
+        with pytest.raises(ValueError, match="trained/results.json is not what training.evaluate_captions writes"):
+            stage(trained, tmp_path / "x", "me/captions")
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_does_not_load_is_one_line(trained, tmp_path):
+    (trained / "tokenizer.json").write_text("{}")
+    result = run("-m", "training.publish", "--model", trained, "--repo_id", "me/captions")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "the staged repo in" in result.stderr and "does not load by itself:" in result.stderr
 
 
 def test_card_has_the_numbers_of_the_results(tmp_path):
