@@ -21,19 +21,20 @@ from modeling_blip_rbm.rbm import RBMParameters
 
 UNIT = 2.0**-16  # random numbers are 16 bits
 BLOCK = 256  # rows that are sampled at a time: their fp32 values stay in the processor's cache
-SMALLEST_ROUNDED = 1e7  # multiply-adds of a product; below it, rounding costs more time than it saves
+SMALLEST_ROUNDED = 4e7  # multiply-adds of a product; below it, rounding costs about the time that it saves
 
 
 def processor_precision(batch: int, visible: int, hidden: int) -> str:
     """The fastest precision for products of these sizes on this kind of processor, a key of `PRECISIONS`.
 
-    It follows from the sizes and the processor's instructions alone, so that all processes on a machine agree. GFLOP/s of the
-    product of 1,024 (second row: 2,048) x 784 with 784 x 512 on one thread, as `benchmarks/rbm.py` measures them:
+    It follows from the sizes and the processor's instructions alone, so that all processes on a machine agree. GFLOP/s of
+    large products on one thread (`benchmarks/rbm.py` measures them):
 
     | instructions | float32 | bfloat16 | int8 |
     |---|---|---|---|
-    | AVX-512 VNNI and AMX | 100 | 220 | 443 |
-    | AVX-512 VNNI, neither AMX nor AVX512_BF16 | 130 | 72 | 540 |
+    | AVX-512 VNNI, AVX512_BF16 and AMX | 150 | 1,000 | 1,900 |
+    | AVX-512 VNNI and AVX512_BF16 | 100 | 220 | 443 |
+    | AVX-512 VNNI | 130 | 72 | 540 |
 
     Other processors get float32: they emulate the other two, up to hundreds of times slower.
     """
