@@ -1,4 +1,5 @@
-"""Running the training stages in tests: drawn data and tiny towers to run them on, in this process or in one of their own."""
+"""Running the training stages in tests: drawn data and tiny towers to run them on, in this process or in one of their
+own."""
 
 import contextlib
 import importlib

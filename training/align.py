@@ -1,15 +1,20 @@
-"""Align a frozen vision with a frozen text encoder by a small layer on their cached embeddings, and see how well they are aligned.
+"""Align a frozen vision with a frozen text encoder by a small layer on their cached embeddings, and see how well they
+are aligned.
 
-    accelerate launch -m training.align --kind sail --vision VISION [VISION ...] --text TEXT --dataset flickr8k --output_dir runs/align
+    python -m training.align training/recipes/align-sail.yaml --vision VISION [VISION ...] --text TEXT \
+        --dataset flickr8k --output_dir runs/align
 
 Three kinds of similarity between an image and a sentence, trained on the same pairs:
 
 - `probe`: cosine of two linear layers: alignment probing, how aligned the frozen encoders are (SAIL, arXiv 2412.04616);
-- `sail`: cosine of two gated layers, LayerNorm -> g(ReLU6(f1 x) * f2 x), trained with the sigmoid loss (SigLIP, arXiv 2303.15343);
-- `rbm`: the free energy of a joint RBM of image, words and sentence: their pointwise mutual information, trained to match.
+- `sail`: cosine of two gated layers, LayerNorm -> g(ReLU6(f1 x) * f2 x), trained with the sigmoid loss (SigLIP, arXiv
+  2303.15343);
+- `rbm`: the free energy of a joint RBM of image, words and sentence: their pointwise mutual information, trained to
+  match.
 
-Several captions of an image are drawn a step, all of them right: none is ever taken for a negative of its own image. Batches may be as
-large as the data (`training/lib/contrastive.py` computes the loss in pieces). Goes on from its last epoch when it is started again.
+Several captions of an image are drawn a step, all of them right: none is ever taken for a negative of its own image.
+Batches may be as large as the data (`training/lib/contrastive.py` computes the loss in pieces). Goes on from its last
+epoch when it is started again.
 """
 
 import json
@@ -74,7 +79,8 @@ class AlignArguments(SourceArguments):
 
 
 class Energy(nn.Module):
-    """A joint RBM of image x, sentence t (one Gaussian block) and words w: similarity is PMI(t, w; x), as in re-rank."""
+    """A joint RBM of image x, sentence t (one Gaussian block) and words w: similarity is PMI(t, w; x), as in
+    re-rank."""
 
     def __init__(self, image_size: int, text_size: int, num_words: int, hidden_size: int, dropout: float):
         super().__init__()
@@ -108,7 +114,8 @@ class Energy(nn.Module):
 
 
 class AlignmentData(torch.utils.data.Dataset):
-    """Cached embeddings of images, in a random view, and of some of their captions, chosen by (seed, epoch, image) alone."""
+    """Cached embeddings of images, in a random view, and of some of their captions, chosen by (seed, epoch, image)
+    alone."""
 
     def __init__(
         self, stores, columns, sentences, words: Optional[CaptionWords], starts, rows, captions: int, seed: int
@@ -208,8 +215,8 @@ def set_statistics(energy: Energy, data: AlignmentData):
 
 @torch.no_grad()
 def embed(aligner, data: AlignmentData, rows, size: int = 2048):
-    """What `similarity` takes, of these images and of all their captions; and whose each caption is. Of an image that is cached in several
-    views, the mean of them."""
+    """What `similarity` takes, of these images and of all their captions; and whose each caption is. Of an image that
+    is cached in several views, the mean of them."""
     aligner.eval()
     views = range(data.stores[0].num_views)
     images_of = lambda part: torch.stack([aligner.embed_images(data.images(part, view)) for view in views]).mean(0)
@@ -227,7 +234,8 @@ def evaluate(aligner, data: AlignmentData, rows) -> dict[str, float]:
 
 
 def train(accelerator, aligner, data: AlignmentData, held_rows, args: AlignArguments) -> list[dict]:
-    """Train; the layer of the epoch with the best recalls on held-back images, or of the last where none are, stays in `aligner`."""
+    """Train; the layer of the epoch with the best recalls on held-back images, or of the last where none are, stays in
+    `aligner`."""
     output_dir, plain = Path(args.output_dir), aligner
     matrices = [p for p in aligner.parameters() if p.dim() > 1]
     rest = [p for p in aligner.parameters() if p.dim() <= 1]

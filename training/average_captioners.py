@@ -1,6 +1,8 @@
-"""Average the weights of captioners that went on from the same one ("model soup", Wortsman et al., ICML 2022, arXiv 2203.05482).
+"""Average the weights of captioners that went on from the same one ("model soup", Wortsman et al., ICML 2022, arXiv
+2203.05482).
 
-    python -m training.average_captioners runs/captioner-finish/best runs/captioner-finish/last --output_dir runs/captioner-average
+    python -m training.average_captioners runs/captioner-finish/best runs/captioner-finish/last \
+        --output_dir runs/captioner-average
 
 One model comes out, as fast as each that went in.
 """

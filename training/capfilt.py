@@ -1,19 +1,21 @@
-"""CapFilt with the RBM's energy: find captions that do not belong to their images, drop them, and put the model's own in their place.
+"""CapFilt with the RBM's energy: find captions that do not belong to their images, drop them, and put the model's own
+in their place.
 
     python -m training.capfilt --model checkpoints/blip-rbm-small --dataset my-web-pairs --output_dir runs/filtered
     python -m training.train_captioner ... --dataset runs/filtered
 
-A caption is judged by how much likelier the RBM finds its words for its image than for other images, and kept if it is likelier right than
-wrong by a logistic function of that (BLIP, arXiv 2201.12086, section 3.3, with the energy for its matching head), fitted on held-back images:
-their captions, of which an unknown share is wrong, and exchanged ones, which all are. `capfilt.json` says how large that share is found.
-The head of `BlipRBMForImageTextRetrieval` is fitted too, on PMI alone and against hard negatives, the best of a few captions of other
-images, and written into the model's config.
+A caption is judged by how much likelier the RBM finds its words for its image than for other images, and kept if it is
+likelier right than wrong by a logistic function of that (BLIP, arXiv 2201.12086, section 3.3, with the energy for its
+matching head), fitted on held-back images: their captions, of which an unknown share is wrong, and exchanged ones,
+which all are. `capfilt.json` says how large that share is found. The head of `BlipRBMForImageTextRetrieval` is fitted
+too, on PMI alone and against hard negatives, the best of a few captions of other images, and written into the model's
+config.
 
-With `--shuffle 0.3` that share of the captions is first exchanged between images and an RBM is trained on the noisy pairs of each half of
-the images, which judges the other half, its synthetic captions as well; with `--rounds 2` once more, on what the first two left.
-`capfilt.json` says how well the wrong ones are found. For an honest measurement the model must not know the right pairs: a tower that never
-saw captions, a captioner trained on the noisy pairs, which are written to `OUTPUT_DIR-noisy` (beside, as a data set is all parquet files
-below a folder).
+With `--shuffle 0.3` that share of the captions is first exchanged between images and an RBM is trained on the noisy
+pairs of each half of the images, which judges the other half, its synthetic captions as well; with `--rounds 2` once
+more, on what the first two left. `capfilt.json` says how well the wrong ones are found. For an honest measurement the
+model must not know the right pairs: a tower that never saw captions, a captioner trained on the noisy pairs, which are
+written to `OUTPUT_DIR-noisy` (beside, as a data set is all parquet files below a folder).
 """
 
 import json
@@ -73,7 +75,8 @@ def shuffled(captions: list[list[str]], share: float, seed: int) -> tuple[list[l
     rng = np.random.default_rng(seed)
     places = [(i, k) for i, of_image in enumerate(captions) for k in range(len(of_image))]
     chosen = rng.permutation(len(places))[: round(share * len(places))]
-    # in the order of their images, half a round on: no caption meets its own image again unless an image has half of them
+    # in the order of their images, half a round on: no caption meets its own image again unless an image has half of
+    # them
     chosen = np.sort(chosen)
     given = np.roll(chosen, len(chosen) // 2)
     noisy, wrong = [list(of_image) for of_image in captions], [np.zeros(len(of_image), bool) for of_image in captions]
@@ -87,7 +90,8 @@ def shuffled(captions: list[list[str]], share: float, seed: int) -> tuple[list[l
 def caption_evidence(rbm, store, words: CaptionWords, rows, references, whose=None) -> list[np.ndarray]:
     """Of each of these images' captions, how much likelier its words are for its image than for others, nats.
 
-    PMI(w; x) - log mean exp PMI(w; x') over the reference images x': some captions go with many images, whatever theirs is.
+    PMI(w; x) - log mean exp PMI(w; x') over the reference images x': some captions go with many images, whatever theirs
+    is.
 
     Args:
         whose: the image whose captions are held against each of `rows`; default: itself.
@@ -114,7 +118,8 @@ def fit_head(match: np.ndarray, other: np.ndarray) -> tuple[list[float], float]:
 
 @torch.no_grad()
 def fit_matching_head(rbm, store, words: CaptionWords, rows, negatives: int, seed: int) -> tuple[list[float], float]:
-    """The head of `BlipRBMForImageTextRetrieval`, on PMI: captions against hard negatives, each the best of a few of other images."""
+    """The head of `BlipRBMForImageTextRetrieval`, on PMI: captions against hard negatives, each the best of a few of
+    other images."""
     p, rng = rbm.parameters_fp32, np.random.default_rng(seed)
     a = hidden_input(p, rbm.standardise(store.batch(rows)))
     similarity = pairwise_mutual_information(p, a, words.choose(np.asarray(rows), rng.random(len(rows)))).numpy()
@@ -128,9 +133,9 @@ def fit_matching_head(rbm, store, words: CaptionWords, rows, negatives: int, see
 def fit_mixture(own: np.ndarray, other: np.ndarray, iterations: int = 30) -> tuple[list[float], float]:
     """Bias and weight of the log-odds that one of `own` is right, and the share of those that are wrong.
 
-    Positive and unlabelled learning (Elkan & Noto, KDD 2008): an unknown share of `own` is wrong, and scores as `other` does, where all are.
-    Below the median of `other` hardly a right one is found, which gives the share; then logistic regression and the chances of `own` in
-    turns (EM).
+    Positive and unlabelled learning (Elkan & Noto, KDD 2008): an unknown share of `own` is wrong, and scores as `other`
+    does, where all are. Below the median of `other` hardly a right one is found, which gives the share; then logistic
+    regression and the chances of `own` in turns (EM).
 
     Args:
         own (n,), other (m,): evidence for captions of their images, and for exchanged ones.
@@ -197,8 +202,8 @@ class Filter:
 
     Args:
         judges: RBMs, and the rows of the images that each judges; the scale of each is fitted once, here.
-        words: of the captions of all images. Those of the held-back ones make the scale, against exchanged ones; they may be as wrong as the
-            others.
+        words: of the captions of all images. Those of the held-back ones make the scale, against exchanged ones; they
+            may be as wrong as the others.
         least: chance from which a caption is kept.
     """
 
@@ -269,7 +274,8 @@ def refuse_impossible(data: DataArguments, args: CapFiltArguments):
 
 
 def judges_of_shuffled_pairs(model, processor, store, captions, words, train_rows, held_rows, args: CapFiltArguments):
-    """Two RBMs of noisy pairs; in every round but the first they are trained on the captions that the two before found right."""
+    """Two RBMs of noisy pairs; in every round but the first they are trained on the captions that the two before found
+    right."""
     judges = noisy_judges(model, store, words, train_rows, held_rows, args)
     for round_number in range(1, args.rounds):
         chance = Filter(judges, store, words, held_rows, args.least, args.seed)(train_rows, words)[1]
@@ -334,6 +340,10 @@ def main():
     judge = Filter(judges, store, words, held_rows, args.least, args.seed)
     evidence, chance = judge(train_rows, words)
     kept = [kept_captions(captions[i], of_image, args.least) for i, of_image in zip(train_rows, chance)]
+    if not any(kept):
+        raise ValueError(
+            f"no caption is right with a chance of --least {args.least} or more: give a lower one; nothing was written"
+        )
     if args.shuffle:
         report |= how_well_found(wrong, train_rows, evidence, chance, args.least)
     report |= {
@@ -341,10 +351,6 @@ def main():
         "share_wrong_estimated": judge.share_wrong,
         "capfilt": asdict(args), "data": asdict(data),
     }  # fmt: skip
-    if not any(kept):
-        raise ValueError(
-            f"no caption is right with a chance of --least {args.least} or more: give a lower one; nothing was written"
-        )
     images = dataset.select(train_rows)
     if args.synthetic:
         report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)

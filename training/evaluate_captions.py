@@ -3,9 +3,9 @@
     python -m training.evaluate_captions --model checkpoints/blip-rbm-small --dataset flickr8k \
         --output checkpoints/blip-rbm-small/results.json --pictures runs/report
 
-README and the model card take their numbers from that file (`python -m training.report`). With `--pictures`: a random grid, the
-best and the worst ten, the histogram of differences, where the decoder looks. With `--ablation`: each strategy alone, and
-what the same number of beams gives without the RBM.
+README and the model card take their numbers from that file (`python -m training.report`). With `--pictures`: a random
+grid, the best and the worst ten, the histogram of differences, where the decoder looks. With `--ablation`: each
+strategy alone, and what the same number of beams gives without the RBM.
 """
 
 import platform
@@ -88,7 +88,8 @@ def differences(ours, baseline) -> dict[str, dict[str, float]]:
 
 @torch.no_grad()
 def ablation(model, processor, store, scorer, **settings) -> dict[str, list[str]]:
-    """Captions by each strategy alone, and by what costs as many beams without an RBM. `oracle` looks at the references."""
+    """Captions by each strategy alone, and by what costs as many beams without an RBM. `oracle` looks at the
+    references."""
     decoding = model.decoding_settings()
     rows, n = range(len(store)), decoding.rbm_rerank_candidates
     settings = {name: settings[name] for name in ("max_new_tokens", "num_beams")}

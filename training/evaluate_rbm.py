@@ -1,6 +1,8 @@
-"""What an RBM knows of images and words: retrieval both ways through its hidden units, words of images, images of words.
+"""What an RBM knows of images and words: retrieval both ways through its hidden units, words of images, images of
+words.
 
-    python -m training.evaluate_rbm --model checkpoints/blip-rbm-small --dataset flickr8k --output runs/rbm-validation.json
+    python -m training.evaluate_rbm --model checkpoints/blip-rbm-small --dataset flickr8k \
+        --output runs/rbm-validation.json
 
 Numbers of a split that the RBM has not seen go to `--output`, and beside it a picture: images with their most probable
 words, and words with their most probable images.

@@ -1,11 +1,12 @@
 """ONNX: the vision encoder with the RBM, and the decoder's step, for ONNX Runtime and what reads its files.
 
-    python -m training.export_onnx --model checkpoints/blip-rbm-small --output_dir runs/onnx        # pip install 'blip-rbm[onnx]'
+    pip install 'blip-rbm[onnx]'
+    python -m training.export_onnx --model checkpoints/blip-rbm-small --output_dir runs/onnx
 
-`image.onnx`: pixel_values (B, 3, S, S) -> image_embeds (B, N, D), hidden_input (B, H), and of each decoder layer the image's keys and
-values (B, heads, N, head size). `decode.onnx`, by transformers' own exporter: token ids and caches -> logits and caches. Re-rank and
-guide are tensor arithmetic on hidden_input, and stay outside. The files are checked by captioning images greedily with ONNX Runtime
-alone: the tokens must be PyTorch's.
+`image.onnx`: pixel_values (B, 3, S, S) -> image_embeds (B, N, D), hidden_input (B, H), and of each decoder layer the
+image's keys and values (B, heads, N, head size). `decode.onnx`, by transformers' own exporter: token ids and caches ->
+logits and caches. Re-rank and guide are tensor arithmetic on hidden_input, and stay outside. The files are checked by
+captioning images greedily with ONNX Runtime alone: the tokens must be PyTorch's.
 """
 
 import argparse
@@ -42,7 +43,8 @@ class ImageEncoder(torch.nn.Module):
 
 @torch.no_grad()
 def export(model, output_dir: Path, pixel_values: torch.Tensor):
-    """Write `image.onnx` and `decode.onnx`. pixel_values (B, 3, S, S) with B > 1: a batch of one would be taken for a constant.
+    """Write `image.onnx` and `decode.onnx`. pixel_values (B, 3, S, S) with B > 1: a batch of one would be taken for a
+    constant.
 
     Raises:
         ImportError: if what exports is not installed.

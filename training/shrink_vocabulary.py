@@ -1,10 +1,12 @@
 """Leave out of a trained captioner the word-pieces that its training captions do not hold.
 
-    python -m training.shrink_vocabulary --model runs/captioner-tower/best --dataset flickr8k --output_dir runs/captioner-shrunk/best
+    python -m training.shrink_vocabulary --model runs/captioner-tower/best --dataset flickr8k \
+        --output_dir runs/captioner-shrunk
 
-A BERT vocabulary has 30,522 word-pieces, the captions of a small dataset a fifth of them; the rest were only trained never to be said. They
-cost a third of a small model's size, and with beams more than half of the time of decoding. Pieces of one character stay, so every
-text can still be read, in smaller pieces. Embeddings and output weights of the kept pieces do not change: captions stay the same.
+A BERT vocabulary has 30,522 word-pieces, the captions of a small dataset a fifth of them; the rest were only trained
+never to be said. They cost a third of a small model's size, and with beams more than half of the time of decoding.
+Pieces of one character stay, so every text can still be read, in smaller pieces. Embeddings and output weights of the
+kept pieces do not change: captions stay the same.
 """
 
 import json

@@ -1,11 +1,13 @@
-"""Stage 1: train a captioner's decoder and projector on cached features of its frozen vision tower; then, if wanted, the tower too.
+"""Stage 1: train a captioner's decoder and projector on cached features of its frozen vision tower; then, if wanted,
+the tower too.
 
     python -m training.train_captioner training/recipes/captioner-small.yaml --model runs/untrained \
         --dataset flickr8k --output_dir runs/captioner
 
-`<output_dir>/best` is what to go on with: the moving average of the weights at the epoch whose captions of the held-back training images
-had the highest CIDEr-D. `last` is that average as it was at the end, `first` as it was at the first evaluation, when it does not know the
-training images by heart yet. The Trainer's checkpoints are in `<output_dir>` itself, and a stopped run goes on from the last one.
+`<output_dir>/best` is what to go on with: the moving average of the weights at the epoch whose captions of the
+held-back training images had the highest CIDEr-D. `last` is that average as it was at the end, `first` as it was at the
+first evaluation, when it does not know the training images by heart yet. The Trainer's checkpoints are in
+`<output_dir>` itself, and a stopped run goes on from the last one.
 
 With `--tower_learning_rate` the vision tower is trained as well, on a new random view of each image at every pass.
 """
@@ -51,7 +53,8 @@ def last_share(parameters: list[torch.nn.Parameter], share: float) -> list[torch
 
 
 def add_lora(model, rank: int) -> list[torch.nn.Parameter]:
-    """Low-rank changes of the decoder's queries and values (Hu et al., ICLR 2022), all else frozen. `plain_model` merges them."""
+    """Low-rank changes of the decoder's queries and values (Hu et al., ICLR 2022), all else frozen. `plain_model`
+    merges them."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -184,7 +187,8 @@ class CaptionTrainer(Trainer):
 
 
 def moving_average(decay: float):
-    """For `AveragedModel`: an average over few steps at first, so that it does not lag behind; over 1 / (1 - decay) later."""
+    """For `AveragedModel`: an average over few steps at first, so that it does not lag behind; over 1 / (1 - decay)
+    later."""
 
     def update(averages, currents, steps):
         now = min(decay, (1 + float(steps)) / (10 + float(steps)))
@@ -233,7 +237,8 @@ def plain_model(model):
 
 
 def load_captioner(captioner: CaptionerArguments, processor) -> PackedCaptioner:
-    """The model to go on from, with the dropout and the losses' settings; for refine with as many cause tokens as asked for."""
+    """The model to go on from, with the dropout and the losses' settings; for refine with as many cause tokens as asked
+    for."""
     config = BlipRBMConfig.from_pretrained(captioner.model)
     if captioner.parts == "refine":
         config.rbm_cause_tokens = captioner.cause_tokens
@@ -264,7 +269,8 @@ def refuse_impossible(captioner: CaptionerArguments, args: TrainingArguments):
 
 
 def load_images(model, processor, data: DataArguments, captioner: CaptionerArguments, args: TrainingArguments):
-    """The pairs, and their images as what is trained sees them: pixels if the tower is trained, else what it makes of them."""
+    """The pairs, and their images as what is trained sees them: pixels if the tower is trained, else what it makes of
+    them."""
     if captioner.tower_learning_rate:
         dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
         return dataset, Images(dataset, processor.image_processor)

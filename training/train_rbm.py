@@ -1,6 +1,7 @@
 """Stage 2: train the RBM of a captioner. BLIP is frozen, and the vision tower's features are cached.
 
-    python -m training.train_rbm training/recipes/rbm-small.yaml --model runs/captioner/best --dataset flickr8k --output_dir runs/rbm
+    python -m training.train_rbm training/recipes/rbm-small.yaml --model runs/captioner/best --dataset flickr8k \
+        --output_dir runs/rbm
 
 The loss has three terms, each with a weight of its own:
 
@@ -8,8 +9,8 @@ The loss has three terms, each with a weight of its own:
 - `match`: InfoNCE over the pointwise mutual information of images and captions in the batch, as re-rank uses it;
 - `cd`: contrastive divergence, with `--cd_persistent` from chains that go on from step to step.
 
-The epoch with the best retrieval on held-back training images is kept. `log.jsonl` and `curves.png` show all that was measured. A stopped
-run goes on from its last epoch.
+The epoch with the best retrieval on held-back training images is kept. `log.jsonl` and `curves.png` show all that was
+measured. A stopped run goes on from its last epoch.
 """
 
 import json

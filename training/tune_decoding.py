@@ -4,14 +4,17 @@
 
 Every number here is of held-back *training* images; no validation image is looked at. In this order:
 
-1. plain BLIP: how much of the words' log frequency is taken off the output bias (logit adjustment, Menon et al., ICLR 2021,
+1. plain BLIP: how much of the words' log frequency is taken off the output bias (logit adjustment, Menon et al., ICLR
+2021,
    arXiv 2007.07314), the repetition penalty and beam search's length penalty. Of the settings whose CIDEr-D is within
-   `tolerance` of the best, and BLEU-4 within `bleu_tolerance`, the one with the largest vocabulary: variety where it costs
-   little. They become part of plain BLIP, the baseline.
-2. guide and re-rank together: for every weight of guide the candidates that it gives, and a grid over the weights of the parts of
-   each candidate's score. One is chosen as for plain BLIP, with `rerank_tolerance`; or with `rerank_vocabulary` the weights that are
-   best on average over the guides get more and more weight on rare words until the vocabulary is so many times plain BLIP's. One
-   weight is moved for it, as of thousands of settings the one with the largest vocabulary owes it to these images.
+   `tolerance` of the best, and BLEU-4 within `bleu_tolerance`, the one with the largest vocabulary: variety where it
+   costs little. They become part of plain BLIP, the baseline.
+2. guide and re-rank together: for every weight of guide the candidates that it gives, and a grid over the weights of
+the parts of
+   each candidate's score. One is chosen as for plain BLIP, with `rerank_tolerance`; or with `rerank_vocabulary` the
+   weights that are best on average over the guides get more and more weight on rare words until the vocabulary is so
+   many times plain BLIP's. One weight is moved for it, as of thousands of settings the one with the largest vocabulary
+   owes it to these images.
 """
 
 import itertools
@@ -95,7 +98,8 @@ class Choices:
     """What re-rank would choose among the candidates of some images.
 
     Args:
-        captions, parts, cider: text, parts of the score and sentence CIDEr-D of each candidate, (images, n) all of them.
+        captions, parts, cider: text, parts of the score and sentence CIDEr-D of each candidate, (images, n) all of
+            them.
     """
 
     def __init__(self, captions: list[list[str]], parts: dict[str, np.ndarray], cider: np.ndarray):
@@ -151,8 +155,8 @@ class HeldBack:
 
 
 def most_varied(entries: list[dict], tolerance: float, bleu_tolerance: float | None = None) -> dict:
-    """Of the entries within `tolerance` of the best CIDEr-D and `bleu_tolerance` of the best BLEU-4, the one with the largest
-    vocabulary; the one with the best CIDEr-D if none is."""
+    """Of the entries within `tolerance` of the best CIDEr-D and `bleu_tolerance` of the best BLEU-4, the one with the
+    largest vocabulary; the one with the best CIDEr-D if none is."""
     tolerances = {"cider": tolerance} if bleu_tolerance is None else {"cider": tolerance, "bleu_4": bleu_tolerance}
     least = {name: max(entry[name] for entry in entries) - within for name, within in tolerances.items()}
     good = [entry for entry in entries if all(entry[name] >= value for name, value in least.items())]
@@ -162,13 +166,14 @@ def most_varied(entries: list[dict], tolerance: float, bleu_tolerance: float | N
 
 
 def best_on_average(outcomes: list[list[dict]]) -> dict:
-    """Of the outcomes of one grid, for each of several guides, the weights with the best mean CIDEr-D over the guides."""
+    """Of the outcomes of one grid, for each of several guides, the weights with the best mean CIDEr-D over the
+    guides."""
     return max(zip(*outcomes), key=lambda of_weights: sum(outcome["cider"] for outcome in of_weights))[0]
 
 
 def best_of_varied(series: list[list[dict]], vocabulary: float) -> dict:
-    """Of each series of outcomes the first with so large a vocabulary; of these the one with the best CIDEr-D. If there is none, the one
-    with the largest vocabulary."""
+    """Of each series of outcomes the first with so large a vocabulary; of these the one with the best CIDEr-D. If there
+    is none, the one with the largest vocabulary."""
     enough = ([o for o in outcomes if o["vocabulary"] >= vocabulary] for outcomes in series)
     reached = [outcomes[0] for outcomes in enough if outcomes]
     if reached:

@@ -3,8 +3,9 @@
     python -m experiments.minimum_risk.train_minimum_risk experiments/minimum_risk/captioner-small-risk.yaml \
         --model runs/captioner-finish/best --dataset flickr8k --output_dir runs/captioner-risk
 
-It samples captions of each image. Those with a higher CIDEr-D than the image's other samples become likelier (self-critical training,
-Rennie et al., CVPR 2017; the mean of the other samples as the baseline, Luo 2020, arXiv 2003.09971).
+It samples captions of each image. Those with a higher CIDEr-D than the image's other samples become likelier
+(self-critical training, Rennie et al., CVPR 2017; the mean of the other samples as the baseline, Luo 2020, arXiv
+2003.09971).
 """
 
 import functools

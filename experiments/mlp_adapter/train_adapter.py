@@ -1,10 +1,11 @@
 """Refine by an MLP in place of the RBM, of as many parameters: what of refine's effect is the RBM's?
 
-    python -m experiments.mlp_adapter.train_adapter experiments/mlp_adapter/refine-small.yaml --model checkpoints/blip-rbm-small \
+    python -m experiments.mlp_adapter.train_adapter experiments/mlp_adapter/refine-small.yaml \
+        --model checkpoints/blip-rbm-small \
         --dataset flickr8k --output_dir runs/adapter
 
-The captioner stage with `--parts refine`, but the shift and the tokens come from the MLP. What is measured is in captioner.json; the model
-cannot be loaded again, as a BLIP-RBM has no such layer.
+The captioner stage with `--parts refine`, but the shift and the tokens come from the MLP. What is measured is in
+captioner.json; the model cannot be loaded again, as a BLIP-RBM has no such layer.
 """
 
 import torch
@@ -17,8 +18,8 @@ from training.train_captioner import train_captioner, train_only
 
 
 class MLPAdapter(torch.nn.Module):
-    """Refine without an RBM, for comparison: the same shift and tokens by an MLP on the same pooled image, of about as many
-    parameters as `RBMLayer`'s shift and causes."""
+    """Refine without an RBM, for comparison: the same shift and tokens by an MLP on the same pooled image, of about as
+    many parameters as `RBMLayer`'s shift and causes."""
 
     def __init__(self, rbm_layer, width: int):
         super().__init__()

@@ -1,11 +1,13 @@
-"""What CapFilt gives a captioner: trained on noisy pairs, on those that the filter keeps, and with synthetic captions in place of the others.
+"""What CapFilt gives a captioner: trained on noisy pairs, on those that the filter keeps, and with synthetic captions
+in place of the others.
 
-    python -m experiments.noise.noise --dataset flickr8k --vision EfficientNet-lite2 --output experiments/noise/noise.json
+    python -m experiments.noise.noise --dataset flickr8k --vision EfficientNet-lite2 \
+        --output experiments/noise/noise.json
 
-Captions are exchanged between the training images (30 and 60 % of them). Nothing that knows the right pairs takes part: the vision tower
-never saw a caption, the way from image to words is trained anew on the pairs in question, and synthetic captions are written by the captioner
-of the noisy pairs. Only the decoder's language comes from `--decoder`, the same for all. CIDEr-D on the validation split, 3 beams.
-A part that is in `--work` already is not done again.
+Captions are exchanged between the training images (30 and 60 % of them). Nothing that knows the right pairs takes part:
+the vision tower never saw a caption, the way from image to words is trained anew on the pairs in question, and
+synthetic captions are written by the captioner of the noisy pairs. Only the decoder's language comes from `--decoder`,
+the same for all. CIDEr-D on the validation split, 3 beams. A part that is in `--work` already is not done again.
 """
 
 import argparse

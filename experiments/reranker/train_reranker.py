@@ -1,16 +1,18 @@
 """Stage 3: fit the RBM's energy to captions that a captioner writes itself, so that re-rank chooses the better ones.
 
-    python -m experiments.reranker.train_reranker experiments/reranker/reranker-small.yaml --model runs/rbm/best --writer runs/fold-0/best runs/fold-1/best \
+    python -m experiments.reranker.train_reranker experiments/reranker/reranker-small.yaml --model runs/rbm/best \
+        --writer runs/fold-0/best runs/fold-1/best \
         --dataset flickr8k --output_dir runs/reranker
 
-A `writer` samples candidates for training images, each with its sentence CIDEr-D. A candidate's score is that of re-rank
-(log P per token, PMI, consensus, and their weights, which are learned along); the loss is minus the expected CIDEr-D under the
-softmax of the scores over an image's candidates (listwise, as ListNet, Cao et al. 2007; an energy trained on a metric, Bhattacharyya
-et al., EACL 2021), beside the losses that the RBM was trained with.
+A `writer` samples candidates for training images, each with its sentence CIDEr-D. A candidate's score is that of
+re-rank (log P per token, PMI, consensus, and their weights, which are learned along); the loss is minus the expected
+CIDEr-D under the softmax of the scores over an image's candidates (listwise, as ListNet, Cao et al. 2007; an energy
+trained on a metric, Bhattacharyya et al., EACL 2021), beside the losses that the RBM was trained with.
 
-A writer that knows the training images by heart makes none of the faults there that it makes on new images. So there may be several, each
-trained without a part of the images (`train_captioner --folds 2 --fold 0`, `--fold 1`), for which it then writes: cross-fitting. Writer number k
-of n must be the one without fold k. `reranker.json` says how good the samples are on training and on held-back images.
+A writer that knows the training images by heart makes none of the faults there that it makes on new images. So there
+may be several, each trained without a part of the images (`train_captioner --folds 2 --fold 0`, `--fold 1`), for which
+it then writes: cross-fitting. Writer number k of n must be the one without fold k. `reranker.json` says how good the
+samples are on training and on held-back images.
 """
 
 import json
@@ -88,7 +90,8 @@ def write_candidates(writer, processor, store, rows, active, args: RerankerArgum
 
 
 def refuse_other_fold(writer: str, fold: int, folds: int):
-    """ValueError if the record of a writer's training says that it was trained on the images for which it is to write."""
+    """ValueError if the record of a writer's training says that it was trained on the images for which it is to
+    write."""
     trained = (record_of_training(writer) or {}).get("captioner", {})
     if folds > 1 and (found := (trained.get("fold"), trained.get("folds"))) not in ((None, None), (fold, folds)):
         raise ValueError(

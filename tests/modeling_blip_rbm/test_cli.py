@@ -73,7 +73,7 @@ def test_no_such_model(photos, capsys, tmp_path):
 def test_bad_numbers(photos, capsys):
     with pytest.raises(SystemExit) as error:
         run(capsys, photos, "--num-captions", 0)
-    assert error.value.code == 2 and "must be at least 1" in capsys.readouterr().err
+    assert error.value.code == 2 and "at least 1" in capsys.readouterr().err
 
 
 def test_as_a_module(saved_model, photos):

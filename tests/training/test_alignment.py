@@ -1,4 +1,5 @@
-"""Alignment: losses in pieces against whole ones, the stages on drawn images, retrieval and matching by energy, CapFilt."""
+"""Alignment: losses in pieces against whole ones, the stages on drawn images, retrieval and matching by energy,
+CapFilt."""
 
 import itertools
 import json
@@ -181,7 +182,8 @@ def test_alignment_learns_and_goes_on(aligned, pairs):
 
 
 def test_alignment_on_all_images(aligned, pairs, saved_model):
-    """None held back: the last epoch stays; retrieval in two steps chooses its weights by one run and looks with the other."""
+    """None held back: the last epoch stays; retrieval in two steps chooses its weights by one run and looks with the
+    other."""
     work, common = aligned
     all_images = [*common, "--kind", "probe", "--held_back", 0, "--epochs", 3, "--output_dir", "all"]
     out = in_process("align", *all_images, cwd=work)
@@ -403,7 +405,8 @@ def test_shuffling_exchanges_the_share_that_is_asked_for():
 
 
 def test_capfilt_of_a_captioner_without_rbm(pairs, towers, tmp_path):
-    """Exchanged captions are found all the same, by new RBMs over the commonest words; without exchange there is nothing to judge by."""
+    """Exchanged captions are found all the same, by new RBMs over the commonest words; without exchange there is
+    nothing to judge by."""
     tower = ["--vision", towers / "vision", "--text", towers / "text"]
     in_process("build_captioner", *tower, "--output_dir", "bare", cwd=tmp_path)
     command = ["--model", "bare", "--dataset", pairs, "--held_back", 4, "--views", 1]
@@ -470,7 +473,8 @@ def test_capfilt(saved_model, pairs, tmp_path, few_captions):
 
 
 def test_a_captioner_on_the_first_layers_of_a_tower(towers, tmp_path):
-    """NAME@1: the state after one layer, of the whole image, where the processor of the tower would cut its borders off."""
+    """NAME@1: the state after one layer, of the whole image, where the processor of the tower would cut its borders
+    off."""
     tower = AutoModel.from_pretrained(towers / "vision")
     tower.save_pretrained(tmp_path / "vision")
     crop = BitImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 21, "width": 21}, do_center_crop=True)

@@ -1,6 +1,5 @@
-"""How the stages stand to one another, and how they end."""
+"""What every command has in common: recipes, and how it ends."""
 
-import ast
 import subprocess
 import sys
 
@@ -11,51 +10,6 @@ from tests.conftest import REPO
 from tests.stages import process
 from training.lib import arguments
 from training.lib.stage import run_stage
-
-
-PACKAGES = ("training", "experiments", "modeling_blip_rbm", "boltzmann", "benchmarks")
-FILES = [file for package in PACKAGES for file in sorted((REPO / package).rglob("*.py"))]
-
-
-def module_of(file) -> str:
-    parts = file.relative_to(REPO).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imported(file) -> set[str]:
-    """Modules of this repository that a file imports by their full names."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            modules = {f"{node.module}.{alias.name}" for alias in node.names} & {module_of(f) for f in FILES}
-            found |= modules or {node.module}
-    return {name for name in found if name.split(".")[0] in PACKAGES}
-
-
-def is_stage(module: str) -> bool:
-    return module.startswith("training.") and not module.startswith(("training.lib", "training.metrics"))
-
-
-@pytest.mark.parametrize("file", [file for file in FILES if module_of(file).startswith("training")], ids=module_of)
-def test_stages_import_the_library_and_no_other_stage(file):
-    wrong = {name for name in imported(file) if is_stage(name) or name.startswith(("experiments", "benchmarks"))}
-    assert not wrong, f"{module_of(file)} imports {wrong}"
-
-
-def test_nothing_imports_an_experiment_but_experiments():
-    for file in FILES:
-        if not module_of(file).startswith("experiments"):
-            assert not any(name.startswith("experiments") for name in imported(file)), file
-
-
-def test_the_library_has_no_circle():
-    needs = {module_of(file): imported(file) for file in FILES if module_of(file).startswith("training.lib")}
-    while needs:
-        free = {name for name, others in needs.items() if not others & needs.keys() - {name}}
-        assert free, f"these import one another in a circle: {sorted(needs)}"
-        needs = {name: others for name, others in needs.items() if name not in free}
 
 
 @pytest.mark.parametrize(

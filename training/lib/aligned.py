@@ -85,9 +85,11 @@ def load_image_layer(run: str | Path) -> nn.Module:
 
 
 class AlignedTokens:
-    """A `FeatureStore` of tokens, each through the image layer of a trained `Projection` (before it is put on the sphere).
+    """A `FeatureStore` of tokens, each through the image layer of a trained `Projection` (before it is put on the
+    sphere).
 
-    The layer has learned on pooled images, [CLS ; mean of the patches] or the mean; a token takes the place of the mean.
+    The layer has learned on pooled images, [CLS ; mean of the patches] or the mean; a token takes the place of the
+    mean.
     """
 
     def __init__(self, store, layer: nn.Module):

@@ -1,4 +1,5 @@
-"""Command lines of the stages: `python -m training.STAGE [recipe.yaml] [--flag value ...]`, flags win over the recipe."""
+"""Command lines of the stages: `python -m training.STAGE [recipe.yaml] [--flag value ...]`, flags win over the
+recipe."""
 
 import sys
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from transformers import HfArgumentParser
 
 
 def bf16_is_fast() -> bool:
-    """Whether products in bf16 are faster than in fp32 here, by what the processor has: the same answer in every process.
+    """Whether products in bf16 are faster than in fp32 here, by what the processor has: the same answer in every
+    process.
 
     Two cores of each, matrix products of 2,048, GFLOP/s (docs/experiments/):
 

@@ -1,8 +1,8 @@
 """Contrastive losses over all pairs of a batch, several texts of an image, computed in pieces.
 
-Similarities are scale * z_i . z_t + bias of image and text embeddings. A text of the same image is never a negative. In pieces, loss and
-gradient take memory for `chunk` rows of the matrix of similarities: they are computed once more in the backward pass. For a batch of
-32,768 the whole matrix takes 4 GB.
+Similarities are scale * z_i . z_t + bias of image and text embeddings. A text of the same image is never a negative. In
+pieces, loss and gradient take memory for `chunk` rows of the matrix of similarities: they are computed once more in the
+backward pass. For a batch of 32,768 the whole matrix takes 4 GB.
 """
 
 import torch
@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 def sigmoid_loss(z_image, z_text, image_owner, text_owner, scale, bias):
-    """Mean over images of the sum over texts of -log sigmoid(+-similarity) (Zhai et al., ICCV 2023), + for an image's own texts.
+    """Mean over images of the sum over texts of -log sigmoid(+-similarity) (Zhai et al., ICCV 2023), + for an image's
+    own texts.
 
     Args:
         z_image (n, d), z_text (m, d). image_owner (n,), text_owner (m,): numbers of the images. scale, bias: scalars.
@@ -21,7 +22,8 @@ def sigmoid_loss(z_image, z_text, image_owner, text_owner, scale, bias):
 
 
 def info_nce(similarity, image_owner, text_owner):
-    """InfoNCE both ways (nats) of similarities (n, m): an image's texts are each right, and not counted against one another.
+    """InfoNCE both ways (nats) of similarities (n, m): an image's texts are each right, and not counted against one
+    another.
 
     Every text's image must be among the images, each of which is there once.
     """
@@ -61,7 +63,8 @@ def info_nce_in_pieces(z_image, z_text, image_owner, text_owner, scale, bias, ch
 
 
 def info_nce_piece(z_image, z_text, image_owner, text_owner, scale, bias):
-    """What some of the images add to both directions: a sum over their own texts, and of each text the log sum exp over these images (m,)."""
+    """What some of the images add to both directions: a sum over their own texts, and of each text the log sum exp over
+    these images (m,)."""
     similarity = scale * z_image @ z_text.T + bias
     own = image_owner[:, None] == text_owner
     others = similarity.masked_fill(own, float("-inf")).logsumexp(1, keepdim=True)

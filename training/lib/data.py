@@ -1,5 +1,5 @@
-"""Image-caption pairs (`training/lib/pairs.py`): how they are split, the images as the vision tower sees them, the captions as the RBM
-does."""
+"""Image-caption pairs (`training/lib/pairs.py`): how they are split, the images as the vision tower sees them, the
+captions as the RBM does."""
 
 import hashlib
 import tempfile
@@ -39,7 +39,8 @@ def split_held_back(dataset: Dataset, held_back: int, seed: int = 0) -> tuple[np
 
 
 def fold_of(image_ids: Iterable[str], folds: int, seed: int = 0) -> np.ndarray:
-    """(n,) in which of so many parts an image is, by the hash of its id: the same in every stage, as in `split_held_back`.
+    """(n,) in which of so many parts an image is, by the hash of its id: the same in every stage, as in
+    `split_held_back`.
 
     Other bytes of the hash than those that hold images back, so that both have a share of every part.
     """
@@ -88,7 +89,8 @@ class CaptionWords:
     The words' numbers are in a temporary file, memory-mapped: memory does not grow with them (`benchmarks/scale.py`).
 
     Args:
-        token_ids: of every image, the token ids of each of its captions; gone through once, so that they need not be in memory.
+        token_ids: of every image, the token ids of each of its captions; gone through once, so that they need not be in
+            memory.
     """
 
     def __init__(self, token_ids: Iterable[list[list[int]]], word_ids: list[int], vocab_size: int):

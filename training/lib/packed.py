@@ -45,7 +45,8 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
         """With `segments` (B, T) the packed loss: the mean over tokens of `weights` (B, T; default 1) * cross entropy.
 
         Args:
-            num_items_in_batch: tokens over which the mean is, if they are more than are here (other processes and steps).
+            num_items_in_batch: tokens over which the mean is, if they are more than are here (other processes and
+                steps).
         """
         if segments is None:
             return super().forward(
@@ -149,8 +150,8 @@ def collate(items):
 
 
 class LengthGrouped(LengthGroupedSampler):
-    """Rows of about the same length together, in an order that seed and epoch alone decide: the same in every process, and after a
-    stop."""
+    """Rows of about the same length together, in an order that seed and epoch alone decide: the same in every process,
+    and after a stop."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
         super().__init__(batch_size, lengths=lengths)

@@ -23,9 +23,10 @@ def evaluate_rbm(rbm, pooled: torch.Tensor, words: list[torch.Tensor]) -> dict[s
         pooled (n, V): plain views. words: of each image (captions, K).
 
     Returns:
-        `image_to_text_r*`, `text_to_image_r*`: R@1, 5, 10 in percent; `word_ap`: mean over images of the average precision
-        of its words among all words; `per_word_ap`: mean over words of that of its images among all images, to compare with
-        `per_word_ap_chance`; `dead`, `saturated`: shares of hidden units whose mean activity is below 0.01, above 0.99.
+        `image_to_text_r*`, `text_to_image_r*`: R@1, 5, 10 in percent; `word_ap`: mean over images of the average
+        precision of its words among all words; `per_word_ap`: mean over words of that of its images among all images,
+        to compare with `per_word_ap_chance`; `dead`, `saturated`: shares of hidden units whose mean activity is below
+        0.01, above 0.99.
     """
     p = rbm.parameters_fp32
     a = hidden_input(p, rbm.standardise(pooled))
@@ -52,7 +53,8 @@ def _first_captions(rbm, pairs):
 
 @torch.no_grad()
 def free_energy_gap(rbm, held_back, seen) -> dict[str, float]:
-    """Mean F(x, w) of held-back pairs above that of training pairs (nats): overfitting, no log Z needed (Hinton 2010, 6)."""
+    """Mean F(x, w) of held-back pairs above that of training pairs (nats): overfitting, no log Z needed (Hinton 2010,
+    6)."""
     p = rbm.parameters_fp32
     gap = free_energy(p, *_first_captions(rbm, held_back)).mean() - free_energy(p, *_first_captions(rbm, seen)).mean()
     return {"free_energy_gap": gap.item()}

@@ -60,7 +60,8 @@ class RBMArguments:
 class PooledPairs(torch.utils.data.Dataset):
     """Images in a random view, pooled, the words of one of their captions, and the random numbers of a step.
 
-    All chance is drawn from (seed, epoch, image): a step is the same in whatever process its images are, and after a stop.
+    All chance is drawn from (seed, epoch, image): a step is the same in whatever process its images are, and after a
+    stop.
 
     Args:
         store: `FeatureStore` of pooled images. rows: its rows that belong to the set. words: of all its rows.
@@ -97,8 +98,9 @@ def whole_batch(batch: dict) -> dict:  # what `PooledPairs` gives is collated al
 def words_loss(p, a_image, w, noise):
     """-log P(w_k | x, some of the other words), mean over captions (nats per caption): what guide relies on.
 
-    A random share of the words is shown, as noise (B, 1 + K), uniform in [0, 1), says; each hidden word's conditional is sigmoid(b_k + gain_k), which is exact for the
-    RBM (gains to second order, for speed: `benchmarks/guidance.py` measures the difference).
+    A random share of the words is shown, as noise (B, 1 + K), uniform in [0, 1), says; each hidden word's conditional
+    is sigmoid(b_k + gain_k), which is exact for the RBM (gains to second order, for speed: `benchmarks/guidance.py`
+    measures the difference).
     """
     shown = w * (noise[:, 1:] < noise[:, :1]).float()
     logits = p.b + word_gains(p, a_image + shown @ p.U, order="second")
@@ -109,7 +111,8 @@ def words_loss(p, a_image, w, noise):
 def match_loss(p, a_image, w):
     """InfoNCE over s_ij = PMI(w_j; x_i), both ways (BLIP's ITC with the RBM as the similarity), in nats.
 
-    Under several processes the images and captions of all of them are each other's negatives, as if they were one batch.
+    Under several processes the images and captions of all of them are each other's negatives, as if they were one
+    batch.
     """
     all_images, all_words = from_all_processes(a_image), from_all_processes(w)
     to_words = pairwise_mutual_information(p, a_image, all_words)  # (b, B)

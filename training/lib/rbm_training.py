@@ -96,7 +96,8 @@ def train_epoch(accelerator, objective, optimizer, loader, schedule=None) -> dic
 def train(accelerator, model, train_set: PooledPairs, held_back, settings: RBMArguments) -> list[dict]:
     """Train the RBM of `model`. The best epoch's weights are in `model` at the end.
 
-    `<output_dir>/log.jsonl` has what is measured, `best.pt` the best machine so far, `state/` what a stopped run goes on from.
+    `<output_dir>/log.jsonl` has what is measured, `best.pt` the best machine so far, `state/` what a stopped run goes
+    on from.
 
     Args:
         held_back: pooled images (n, V), and of each image its captions' words (captions, K).

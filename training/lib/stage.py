@@ -15,8 +15,9 @@ DEBUG = "BLIP_RBM_DEBUG"
 def run_stage(main: Callable[[], None]) -> None:
     """Run the `main` of a command: `if __name__ == "__main__": run_stage(main)`.
 
-    An error that a user can mend (`USER_ERRORS`) is one line on stderr and exit code 2, as argparse does; with BLIP_RBM_DEBUG=1 in the
-    environment it is a traceback. Ctrl-C ends with exit code 130. All other errors are tracebacks.
+    An error that a user can mend (`USER_ERRORS`) is one line on stderr and exit code 2, as argparse does; with
+    BLIP_RBM_DEBUG=1 in the environment it is a traceback. Ctrl-C ends with exit code 130. All other errors are
+    tracebacks.
 
     Args:
         main: takes no arguments, reads `sys.argv`.

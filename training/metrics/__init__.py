@@ -1,4 +1,5 @@
-"""Caption metrics as modules of `evaluate`: `evaluate.load("training/metrics/cider_d.py")`. The functions are in `training.lib.metrics`."""
+"""Caption metrics as modules of `evaluate`: `evaluate.load("training/metrics/cider_d.py")`. The functions are in
+`training.lib.metrics`."""
 
 
 def __getattr__(name: str):

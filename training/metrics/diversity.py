@@ -1,4 +1,5 @@
-"""How varied captions are: `evaluate.load("training/metrics/diversity.py").compute(predictions=..., training_captions=...)`."""
+"""How varied captions are: `evaluate.load("training/metrics/diversity.py").compute(predictions=...,
+training_captions=...)`."""
 
 from training.lib.metrics import corpus_diversity
 from training.lib.metrics.as_evaluate import evaluate_metric

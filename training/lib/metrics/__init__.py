@@ -1,4 +1,5 @@
-"""Caption metrics in pure Python and numpy, equal to pycocoevalcap's (tests/training/test_metrics.py); METEOR by its authors' Java program.
+"""Caption metrics in pure Python and numpy, equal to pycocoevalcap's (tests/training/test_metrics.py); METEOR by its
+authors' Java program.
 
 As modules of `evaluate` they are in `training/metrics/`: `evaluate.load("training/metrics/cider_d.py")`.
 """

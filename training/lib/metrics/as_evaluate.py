@@ -10,8 +10,8 @@ def evaluate_metric(score: Callable[..., dict], references: bool = True) -> type
     """A class that `evaluate.load` finds in a module.
 
     Args:
-        score: from captions and, with `references`, of each image a list of captions, to numbers by name. Further arguments are those of
-            `compute`. Its docstring describes the metric.
+        score: from captions and, with `references`, of each image a list of captions, to numbers by name. Further
+            arguments are those of `compute`. Its docstring describes the metric.
     """
     features = {"predictions": datasets.Value("string")}
     if references:

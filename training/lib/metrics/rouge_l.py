@@ -1,4 +1,5 @@
-"""ROUGE-L of captions (Lin, ACL 2004), as COCO computes it: beta 1.2, best precision and best recall over references."""
+"""ROUGE-L of captions (Lin, ACL 2004), as COCO computes it: beta 1.2, best precision and best recall over
+references."""
 
 from training.lib.metrics.tokenizer import tokenize
 
