@@ -3,9 +3,9 @@
     python -m training.publish --model runs/blip-rbm-small --repo_id me/blip-rbm-small --dry_run
     python -m training.publish --model runs/blip-rbm-small --repo_id me/blip-rbm-small --private
 
-Stages the repo in `--staging`: weights, configs, processor, the model's code flat beside them, a model card; these files by name, and
-nothing else of the model's folder. Then loads it in a process of its own in which this package cannot be imported, and captions an
-image. Only what passes is uploaded.
+Stages the repo in `--staging`: weights, configs, processor, the model's code flat beside them, a model card; these
+files by name, and nothing else of the model's folder. Then loads it in a process of its own in which this package
+cannot be imported, and captions an image. Only what passes is uploaded.
 """
 
 import argparse
@@ -43,8 +43,8 @@ CARD = """---
 
 # {name}
 
-BLIP-RBM: [BLIP](https://arxiv.org/abs/2201.12086) with a restricted Boltzmann machine between its vision encoder and its text decoder.
-It captions images; the RBM guides the words, and chooses among candidate captions.
+BLIP-RBM: [BLIP](https://arxiv.org/abs/2201.12086) with a restricted Boltzmann machine between its vision encoder and
+its text decoder. It captions images; the RBM guides the words, and chooses among candidate captions.
 
 ```python
 from transformers import AutoModel, AutoProcessor
@@ -115,8 +115,8 @@ def stage(model: str | Path, staging: str | Path, repo_id: str) -> list[str]:
         The names of its files, without the marker by which a staging folder is known.
 
     Raises:
-        ValueError: if `model` holds no whole BLIP-RBM, or a link where a file should be; if `staging` overlaps the model or this package, or
-            holds anything that an earlier staging did not write. Nothing was changed then.
+        ValueError: if `model` holds no whole BLIP-RBM, or a link where a file should be; if `staging` overlaps the
+            model or this package, or holds anything that an earlier staging did not write. Nothing was changed then.
     """
     model, staging = Path(model).resolve(), Path(staging).resolve()
     if not (model / "config.json").is_file() or kind_of_model(model) != "blip_rbm":
@@ -188,8 +188,8 @@ def refuse_others_folder(staging: Path) -> None:
     others = sorted(name for name, file in found.items() if not file.is_file() or staged.get(name) != checksum(file))
     if others:
         raise ValueError(
-            f"--staging {staging} holds what publish did not write, or what was changed since ({', '.join(others[:4])}): nothing was "
-            "changed; give a new folder. What is to be published belongs into --model"
+            f"--staging {staging} holds what publish did not write, or what was changed since "
+            f"({', '.join(others[:4])}): nothing was changed; give a new folder. What is to be published belongs into --model"
         )
 
 
@@ -222,7 +222,8 @@ def check(staging: str | Path, image: str | Path | None = None) -> dict:
 
 
 def upload(staging: str | Path, repo_id: str, private: bool | None = None, revision: str | None = None) -> str:
-    """Create the repo (and the branch) if need be, and upload; the commit's URL. Token and endpoint as huggingface_hub finds them."""
+    """Create the repo (and the branch) if need be, and upload; the commit's URL. Token and endpoint are those of
+    huggingface_hub."""
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:

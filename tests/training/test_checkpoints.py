@@ -47,7 +47,7 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch, write, value):
 
 
 def test_each_process_writes_under_its_own_name(tmp_path):
-    """A process that was stopped in the middle leaves its file, which the next one removes; that of a running process stays."""
+    """A stopped process leaves its file, which the next one removes; that of a running process stays."""
     running, stopped = (tmp_path / f"a.json.tmp-{pid}.blip-rbm" for pid in (os.getppid(), 2**30))
     for file in (running, stopped):
         file.write_text("half")

@@ -1,4 +1,4 @@
-"""What the stages write: whole or not at all, and never over another's work. docs/reliability.md says what is promised."""
+"""What the stages write: whole or not at all, and never over another's work (docs/reliability.md)."""
 
 import errno
 import glob
@@ -39,7 +39,7 @@ def write_array(path: str | Path, array: np.ndarray) -> None:
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a path of this process alone; what is written there replaces `path` at the end, in one step.
 
-    A reader, a second writer and a kill never leave half a file: `path` holds what one writer wrote, or what was there before.
+    After a kill, or with two writers, `path` holds what one of them wrote or what was there before: never half a file.
 
     Raises:
         OSError: if the disk is full. Nothing of the new file stays.
@@ -61,14 +61,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_folder(folder: str | Path, replaced: tuple[str, ...] = ("*",)) -> Iterator[Path]:
     """Yield an empty folder of this process alone, which takes the place of `folder` at the end.
 
-    The old folder is complete until the new one is: it is renamed, not emptied. A kill between the two renames leaves both beside
-    `folder`, and the next call puts the old one back.
+    The old folder is complete until the new one is: it is renamed, not emptied. A kill between the two renames leaves
+    both beside `folder`, and the next call puts the old one back.
 
     Args:
         replaced: patterns of the old folder's files that the new folder stands for. Its other files are kept.
 
     Raises:
-        OSError: if the disk is full, or the folder cannot be renamed (it is a mount point). The old folder stays as it was.
+        OSError: if the disk is full, or the folder cannot be renamed (it is a mount point). The old folder stays.
     """
     folder = Path(folder).resolve()  # a link to a folder stays a link
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,8 @@ def whole_folder(folder: str | Path, replaced: tuple[str, ...] = ("*",)) -> Iter
 
 
 def remove_leftovers(path: Path, replaced: tuple[str, ...] = ("*",)) -> None:
-    """Remove what stopped processes left beside `path`. A folder that was on its way out is put back, or gives up its other files."""
+    """Remove what stopped processes left beside `path`. A folder that was on its way out is put back, or gives up its
+    other files."""
     for old in _leftovers(path, "old"):
         if not path.exists():
             old.rename(path)
@@ -156,7 +157,8 @@ def peak_memory_mb() -> float:
 
 
 def record_file(model: str | Path) -> Optional[Path]:
-    """The record that `train_captioner` wrote of a captioner's training: a finished model has it in its folder, a stage's `best` beside it."""
+    """The record that `train_captioner` wrote of a captioner's training: a finished model has it in its folder, a
+    stage's `best` beside it."""
     files = (folder / "captioner.json" for folder in (Path(model), Path(model).parent))
     return next((file for file in files if file.exists()), None)
 
@@ -170,8 +172,9 @@ def record_of_training(model: str | Path) -> Optional[dict]:
 def refuse_other_output(output_dir: str | Path, *names: str) -> None:
     """Stop before a stage writes into a folder that holds something else; else mark the folder as this stage's run.
 
-    The folder may be absent, empty, or hold the marker `STAGE.run` that an earlier run of the same stage left, which then goes on. A
-    folder with a model in it is finished, and refused whatever else it holds: [`save_captioner`] takes the marker away.
+    The folder may be absent, empty, or hold the marker `STAGE.run` that an earlier run of the same stage left, which
+    then goes on. A folder with a model in it is finished, and refused whatever else it holds: [`save_captioner`] takes
+    the marker away.
 
     Args:
         names: not read. The marker alone says whose a folder is.
@@ -206,9 +209,10 @@ def calling_module() -> str:
 
 
 def save_captioner(model, processor, output_dir: str | Path, half: bool = False, max_shard_size: str = "45MB") -> None:
-    """Write model, processor, generation config and code to `output_dir`, as the Hub repo carries them: whole or not at all.
+    """Write model, processor, generation config and code to `output_dir`, whole or not at all.
 
-    An earlier model there is replaced (see [`whole_folder`]); files that are not a model's, such as records and notes, stay.
+    An earlier model there is replaced (see [`whole_folder`]); files that are not a model's, such as records and notes,
+    stay.
 
     Args:
         half: store fp16 weights; they load as fp32 all the same.

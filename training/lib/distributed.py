@@ -17,8 +17,8 @@ from training.lib.checkpoints import flush, full_disk_named, write_json
 class JSONAccelerator(Accelerator):
     """An Accelerator that keeps registered objects, such as a learning rate's schedule, as JSON.
 
-    Accelerate pickles them. Loading a pickle runs whatever code it holds, and a run's folder may come from a stranger. Everything else in
-    the folder is safetensors, or loaded with `weights_only=True`.
+    Accelerate pickles them. Loading a pickle runs whatever code it holds, and a run's folder may come from a stranger.
+    Everything else in the folder is safetensors, or loaded with `weights_only=True`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -47,7 +47,8 @@ def new_accelerator(seed: int) -> Accelerator:
         cpu=several and not torch.cuda.is_available(),  # not said, each process takes itself for the only one
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed),
         kwargs_handlers=[
-            # persistent chains are each process's own; a term of the loss that is switched off leaves parameters without gradient
+            # persistent chains are each process's own; a term of the loss that is switched off leaves parameters
+            # without gradient
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
         ],
     )
@@ -78,7 +79,8 @@ class Checkpoint:
         try:
             with full_disk_named(self.folder):
                 self.accelerator.save_state(str(self.new))
-                self.accelerator.wait_for_everyone()  # each writes its random state; the folder must not be moved under one
+                # each process writes its random state; the folder must not be moved under one
+                self.accelerator.wait_for_everyone()
                 if self.accelerator.is_main_process:
                     self.replace(history)
         except OSError:
@@ -106,7 +108,7 @@ class Checkpoint:
             self.accelerator.load_state(str(folder))
         except Exception as error:  # safetensors, pickle and JSON each have their own
             raise ValueError(
-                f"the run cannot go on from {folder}, which is damaged or of an earlier version ({error}): nothing was changed; "
-                "give a new --output_dir, or delete that folder to start anew"
+                f"the run cannot go on from {folder}, which is damaged or of an earlier version ({error}): nothing was "
+                "changed; give a new --output_dir, or delete that folder to start anew"
             ) from error
         return history

@@ -2,11 +2,12 @@
 
     python -m training.lib.features --vision google/efficientnet-b2 --dataset flickr8k --split train --views 4
 
-A cache entry is a folder `<cache_dir>/<key>/` of shards `00000.npy`, ... (images, views, N, C) in fp16, or (images, views, V) if they
-are pooled, and `index.json`: their rows and checksums, and what they were computed from. The key is a hash of everything that the
-numbers depend on: tower weights, image processor, image bytes, views, pooling. So an entry is reused by whichever stage asks for the
-same thing, and never used for another. A shard is written under a name of its process and renamed, so that processes may encode the same
-images at once; one that is missing or damaged is computed again, the others are not.
+A cache entry is a folder `<cache_dir>/<key>/` of shards `00000.npy`, ... (images, views, N, C) in fp16, or (images,
+views, V) if they are pooled, and `index.json`: their rows and checksums, and what they were computed from. The key is a
+hash of everything that the numbers depend on: tower weights, image processor, image bytes, views, pooling. So an entry
+is reused by whichever stage asks for the same thing, and never used for another. A shard is written under a name of its
+process and renamed, so that processes may encode the same images at once; one that is missing or damaged is computed
+again, the others are not.
 """
 
 import argparse
@@ -48,7 +49,8 @@ def tower_fingerprint(tower: torch.nn.Module) -> str:
 
 
 class FeatureStore(torch.utils.data.Dataset):
-    """Cached tower outputs by row number: `store[i]` is (views, N, C), `store.view(i, v)` is (N, C), fp16 arrays; pooled: V for N, C."""
+    """Cached tower outputs by row number: `store[i]` is (views, N, C), `store.view(i, v)` is (N, C), fp16 arrays;
+    pooled: V for N, C."""
 
     def __init__(self, folder: Path, index: Optional[dict] = None):
         self.folder = Path(folder)
@@ -100,8 +102,8 @@ def cache_features(
     """Encode every image of `dataset` in `views` views, or find that it has been done.
 
     Args:
-        dtype: in which the tower computes: "float32", "bfloat16" (autocast), or "auto": that of what is cached already, else
-            whichever is faster on this processor. Features are kept in fp16 either way.
+        dtype: in which the tower computes: "float32", "bfloat16" (autocast), or "auto": that of what is cached already,
+            else whichever is faster on this processor. Features are kept in fp16 either way.
         pooling: keep `pool_tokens` of each view only, which is all that an RBM needs.
 
     Raises:
@@ -154,7 +156,7 @@ def read_index(folder: Path) -> dict:
 
 
 def automatic_dtype(cache_dir: str | Path, settings: dict) -> str:
-    """Which is faster is a measurement, and differs between two runs or two processes: what exists decides before it."""
+    """Which is faster differs between two machines that share a cache: what is there already decides first."""
     for pooling in (settings["pooling"], None):
         indices = [
             entry(cache_dir, settings | {"dtype": dtype, "pooling": pooling})[1] for dtype in ("float32", "bfloat16")
@@ -233,8 +235,9 @@ class FeatureWriter:
         if needed > free:
             raise OSError(
                 errno.ENOSPC,
-                f"features of the images still to encode take {needed / 2**20:,.0f} MB, but {self.folder} has {free / 2**20:,.0f} MB left: "
-                "give another --cache_dir, or fewer --views. What was encoded so far is kept",
+                f"features of the images still to encode take {needed / 2**20:,.0f} MB, but {self.folder} has "
+                f"{free / 2**20:,.0f} MB left: give another --cache_dir, or fewer --views. What was "
+                "encoded so far is kept",
             )
 
     def write_shard(self, number: int, pairs: list[dict], features: np.ndarray, dataset):
@@ -299,7 +302,7 @@ class Encoder:
         return min(SHARD_ROWS, max(1, SHARD_BYTES // self.features([image["image"]], 0).nbytes))
 
     def encode(self, rows: Iterable[dict], start: int, bar) -> tuple[list[dict], Optional[np.ndarray]]:
-        """What is kept of the rows beside their images, and the features of the images, of which `start` is the first one's number."""
+        """What is kept of the rows beside their images, and the features; `start` is the first image's number."""
         pairs, features = [], []
         rows = iter(rows)
         while batch := list(islice(rows, self.images_per_batch)):
