@@ -2,8 +2,8 @@
 
     python -m benchmarks.contrastive --output benchmarks/results/contrastive.json
 
-Every size runs in a process of its own: loss and gradients of both embeddings, and where the batch is small enough the difference to the
-loss computed whole.
+Every size runs in a process of its own: loss and gradients of both embeddings, and where the batch is small enough the
+difference to the loss computed whole.
 """
 
 import argparse

@@ -24,11 +24,10 @@ from boltzmann.likelihood import base_rate_model
 from modeling_blip_rbm import RBMParameters
 
 
-def ours(precision, compiled=False):
+def ours(precision):
     def fit(X, hidden, batch, epochs, rate, seed):
         settings = {"learning_rate": rate, "batch_size": batch, "n_iter": epochs, "random_state": seed}
-        rbm = RBM(hidden, precision=precision, compiled=compiled, **settings)
-        return rbm.fit(X).model_.parameters_fp32
+        return RBM(hidden, precision=precision, **settings).fit(X).model_.parameters_fp32
 
     return fit
 
@@ -63,11 +62,38 @@ def rbms(X, hidden, batch, epochs, rate, seed):
 LIBRARIES = {
     "blip-rbm, float32": ours("float32"),
     "blip-rbm, int8 products": ours("int8"),
-    "blip-rbm, int8 products, compiled": ours("int8", compiled=True),
-    "blip-rbm, bfloat16 products, compiled": ours("bfloat16", compiled=True),
+    "blip-rbm, bfloat16 products": ours("bfloat16"),
     "scikit-learn BernoulliRBM": sklearn,
     "rbms 0.5.0": rbms,
 }
+
+
+def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Binarised digits (n, 64) to train, to choose the learning rate on, and to report."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images > 7).astype(np.float32)
+    train, rest, _, rest_labels = train_test_split(images, labels, test_size=0.4, random_state=0, stratify=labels)
+    return train, *train_test_split(rest, test_size=0.5, random_state=0, stratify=rest_labels)
+
+
+def measure(fit, args, scores, train, bar) -> dict:
+    """Scores of a library: its learning rate chosen on the validation part, then a run a seed."""
+    tried = {}
+    for rate in args.rates:
+        try:
+            p = fit(train, args.hidden, args.batch, args.epochs, rate, 100)
+            tried[rate] = scores(p, args.temperatures // 4)["validation"]
+        except (FloatingPointError, ValueError):  # diverged
+            tried[rate] = float("-inf")
+        bar.update()
+    best = max(tried, key=lambda rate: tried[rate] if np.isfinite(tried[rate]) else float("-inf"))
+    runs = []
+    for seed in args.seeds:
+        runs.append(scores(fit(train, args.hidden, args.batch, args.epochs, best, seed), args.temperatures))
+        bar.update()
+    mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
+    spread = max(run["test"] for run in runs) - min(run["test"] for run in runs)
+    return {"learning_rate": best, "validation_by_rate": tried, "runs": runs, **mean, "spread": spread}
 
 
 def main():
@@ -83,10 +109,7 @@ def main():
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     warnings.filterwarnings("ignore", category=UserWarning)
-    images, labels = load_digits(return_X_y=True)
-    images = (images > 7).astype(np.float32)
-    train, rest, _, rest_labels = train_test_split(images, labels, test_size=0.4, random_state=0, stratify=labels)
-    validation, test = train_test_split(rest, test_size=0.5, random_state=0, stratify=rest_labels)
+    train, validation, test = digits()
 
     def scores(p, temperatures):
         base = base_rate_model(p, mean_w=torch.from_numpy(train.mean(0)))
@@ -98,30 +121,10 @@ def main():
     bar = tqdm(total=len(LIBRARIES) * (len(args.rates) + len(args.seeds)))
     print("| | learning rate | train | test | spread over seeds | AIS interval |\n|---|---|---|---|---|---|")
     for name, fit in LIBRARIES.items():
-        tried = {}
-        for rate in args.rates:
-            try:
-                p = fit(train, args.hidden, args.batch, args.epochs, rate, 100)
-                tried[rate] = scores(p, args.temperatures // 4)["validation"]
-            except (FloatingPointError, ValueError):  # diverged
-                tried[rate] = float("-inf")
-            bar.update()
-        best = max(tried, key=lambda rate: tried[rate] if np.isfinite(tried[rate]) else float("-inf"))
-        runs = []
-        for seed in args.seeds:
-            runs.append(scores(fit(train, args.hidden, args.batch, args.epochs, best, seed), args.temperatures))
-            bar.update()
-        mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
-        spread = max(run["test"] for run in runs) - min(run["test"] for run in runs)
-        result["libraries"][name] = {
-            "learning_rate": best,
-            "validation_by_rate": tried,
-            "runs": runs,
-            **mean,
-            "spread": spread,
-        }
+        result["libraries"][name] = found = measure(fit, args, scores, train, bar)
         print(
-            f"| {name} | {best:g} | {mean['train']:.2f} | {mean['test']:.2f} | {spread:.2f} | {mean['width']:.2f} |",
+            f"| {name} | {found['learning_rate']:g} | {found['train']:.2f} | {found['test']:.2f} | {found['spread']:.2f} | "
+            f"{found['width']:.2f} |",
             flush=True,
         )
     if args.output:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.scale --rows 6000 60000 --output benchmarks/results/scale.json
 
-The tower is a one-layer ViT with random weights whose pooled output is as wide as that of the embedded model (1,408), so that caching and
-training move as many numbers as they would there. "Anonymous" memory is what the process itself holds; the peak also counts pages of
-memory-mapped files, which the system takes back when it needs them.
+The tower is a one-layer ViT with random weights whose pooled output is as wide as that of the embedded model (1,408),
+so that caching and training move as many numbers as they would there. "Anonymous" memory is what the process itself
+holds; the peak also counts pages of memory-mapped files, which the system takes back when it needs them.
 """
 
 import argparse

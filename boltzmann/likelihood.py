@@ -1,7 +1,8 @@
 """The partition function of an RBM and what follows from it: exact where it can be, annealed importance sampling elsewhere.
 
-Z = sum over binary units, integral over Gaussian ones, of exp(-E); log P(v) = -F(v) - log Z. All in nats. Pure functions of
-`RBMParameters`, like `rbm.py`; axes are named there.
+Z is the sum over binary units, and the integral over Gaussian ones, of exp(-E); log P(v) = -F(v) - log Z, in nats. Pure
+functions of `RBMParameters`, as in `modeling_blip_rbm/rbm.py`, with the same axes: B samples, V image units x, K words w
+(the visible units of a machine with one binary block), H hidden units h.
 """
 
 from typing import NamedTuple, Optional
@@ -28,7 +29,7 @@ MOST_ENUMERATED = 25  # binary units whose states are summed one by one: 34 mill
 
 
 def binary_states(n: int, start: int, stop: int, device=None) -> torch.Tensor:
-    """(stop - start, n) the states number `start` to `stop` of n binary units, fp32."""
+    """(stop - start, n) states of n binary units, fp32: the binary digits of `start` to `stop` - 1, lowest first."""
     number = torch.arange(start, stop, device=device)
     return (number[:, None] >> torch.arange(n, device=device) & 1).float()
 
@@ -50,6 +51,9 @@ def log_marginal_h(p: RBMParameters, h: torch.Tensor) -> torch.Tensor:
 
 def log_partition_function(p: RBMParameters, chunk: int = 1 << 16) -> torch.Tensor:
     """Exact log Z, (), by summing over the states of the smaller layer in double precision.
+
+    Args:
+        chunk: states that are in memory at a time.
 
     Raises:
         ValueError: if both layers have more than `MOST_ENUMERATED` units; Gaussian units can only be integrated out, so
@@ -79,7 +83,12 @@ def log_partition_function(p: RBMParameters, chunk: int = 1 << 16) -> torch.Tens
 
 
 def log_prob(p: RBMParameters, log_z, x=None, w=None, h=None) -> torch.Tensor:
-    """(B,) log P(x, w), or log P(x, w, h) if `h` is given; a density in Gaussian units."""
+    """(B,) log P(x, w), or log P(x, w, h) if `h` (B, H) is given; a density in Gaussian units.
+
+    Args:
+        log_z: log Z of `p`, exact or estimated.
+        x (B, V), w (B, K): visible states; None for a block that the machine does not have.
+    """
     return -(free_energy(p, x, w) if h is None else energy(p, h, x, w)) - log_z
 
 
@@ -91,20 +100,23 @@ def sample_visible(p: RBMParameters, h: torch.Tensor, generator: Optional[torch.
 
 
 class AISResult(NamedTuple):
-    """An estimate of log Z. `log_z` is what to use; [`low`, `high`] is it plus and minus 3 standard errors."""
+    """An estimate of log Z: `log_z`, with the interval of 3 standard errors from `low` to `high`."""
 
     log_z: float
     low: float
     high: float
-    effective_sample_size: float  # of `chains`: near 1, nothing can be said and more temperatures are needed
+    effective_sample_size: float  # out of `chains`; near 1, the estimate is worthless: use more temperatures
     log_weights: torch.Tensor  # (chains,)
 
 
 def base_rate_model(p: RBMParameters, mean_x=None, mean_w=None, least: float = 0.01) -> RBMParameters:
     """The RBM without weights whose visible units have these means: where annealing starts.
 
-    Means of the training data make a far better start than fair coins (Salakhutdinov & Murray, ICML 2008, section 4.2.1);
-    without them a binary unit is a fair coin and a Gaussian one has mean mu.
+    Means of the training data make a far better start than fair coins (Salakhutdinov & Murray, ICML 2008, section 4.2.1).
+
+    Args:
+        mean_x (V,), mean_w (K,): the means; without them a binary unit is a fair coin and a Gaussian one has mean mu.
+        least: means of binary units are kept in [least, 1 - least], so that no state is impossible.
     """
 
     def logit(mean, like):
@@ -127,7 +139,7 @@ def interpolate(base: RBMParameters, p: RBMParameters, beta: float) -> RBMParame
 
 
 def _free_energy_at(base, p, beta, x, w, a) -> torch.Tensor:
-    """Free energy under `interpolate(base, p, beta)`, of which the hidden input is beta * a: no matrix product."""
+    """(B,) free energy under `interpolate(base, p, beta)`. Its hidden input is beta * a: no matrix product."""
     between = interpolate(base._replace(U=None, W=None), p._replace(U=None, W=None), beta)
     # `visible_energy` looks at the weights for their width only
     return visible_energy(between._replace(U=p.U, W=p.W), x, w) - F.softplus(beta * a).sum(-1)
@@ -168,8 +180,12 @@ def annealed_importance_sampling(
     `reverse_annealed_importance_sampling`.
 
     Args:
-        temperatures: steps from `base` to the RBM, evenly spaced.
+        p: the RBM.
+        temperatures: steps from `base` to `p`, evenly spaced.
+        chains: Gibbs chains; each gives one importance weight.
         base: from `base_rate_model`, default one without the data's means.
+        generator: of the random numbers; default PyTorch's global one.
+        progress: show a progress bar.
 
     Raises:
         ValueError: for fewer than 2 temperatures or chains, or parameters that are not finite.
@@ -195,10 +211,15 @@ def reverse_annealed_importance_sampling(
     generator: Optional[torch.Generator] = None,
     progress: bool = False,
 ) -> AISResult:
-    """The same from the RBM down to `base`: log Z comes out too high rather than too low, so the two are a sandwich.
+    """`annealed_importance_sampling` from the RBM down to `base` (Burda, Grosse & Salakhutdinov, AISTATS 2015).
 
-    Burda, Grosse & Salakhutdinov, AISTATS 2015, start from the model; `samples` must be of it, as nearly as can be had
-    (`gibbs` for many steps, or `exact_samples` of a small RBM).
+    log Z comes out too high rather than too low, so that the two bracket it.
+
+    Args:
+        samples: of `p`, one for each chain: from `exact_samples` of a small RBM, else from many steps of `gibbs`.
+
+    Raises:
+        ValueError: as `annealed_importance_sampling`.
     """
     _, x, w = samples
     base = _checked_base(p, base, temperatures, len(x if x is not None else w))
@@ -219,7 +240,7 @@ def log_base_partition(base: RBMParameters) -> torch.Tensor:
 
 
 def exact_samples(p: RBMParameters, num: int, generator: Optional[torch.Generator] = None) -> GibbsState:
-    """Independent samples of an RBM whose hidden states can be enumerated.
+    """`num` independent samples of an RBM whose hidden states can be enumerated.
 
     Raises:
         ValueError: if there are more than `MOST_ENUMERATED` hidden units.
@@ -234,7 +255,7 @@ def exact_samples(p: RBMParameters, num: int, generator: Optional[torch.Generato
 
 
 def model_samples(p: RBMParameters, num: int, steps: int, mean_x=None, mean_w=None, generator=None) -> GibbsState:
-    """Where `num` Gibbs chains stand after `steps` steps from independent units with these means."""
+    """Where `num` Gibbs chains stand after `steps` steps from independent units with means mean_x (V,) and mean_w (K,)."""
     base = base_rate_model(p, mean_x, mean_w)
     x, w = sample_visible(base, torch.zeros(num, len(p.c), dtype=p.c.dtype, device=p.c.device), generator)
     h = bernoulli(torch.sigmoid(hidden_input(p, x, w)), generator)
@@ -242,6 +263,7 @@ def model_samples(p: RBMParameters, num: int, steps: int, mean_x=None, mean_w=No
 
 
 def _checked_base(p, base, temperatures, chains) -> RBMParameters:
+    """`base`, or the default one, once the arguments of annealing are checked."""
     if temperatures < 2 or chains < 2:
         raise ValueError(f"temperatures is {temperatures} and chains {chains}; both must be at least 2")
     for name, tensor in p._asdict().items():

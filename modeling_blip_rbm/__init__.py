@@ -1,5 +1,6 @@
 """BLIP with a restricted Boltzmann machine between its vision encoder and its text decoder."""
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,6 +29,8 @@ MOVED_TO_BOLTZMANN = (
 AutoConfig.register("blip_rbm", BlipRBMConfig, exist_ok=True)
 AutoModel.register(BlipRBMConfig, BlipRBMForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(BlipRBMConfig, BlipRBMForConditionalGeneration, exist_ok=True)
+if hasattr(transformers, "AutoModelForMultimodalLM"):  # transformers 5
+    transformers.AutoModelForMultimodalLM.register(BlipRBMConfig, BlipRBMForConditionalGeneration, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(BlipRBMConfig, BlipRBMForImageTextRetrieval, exist_ok=True)
 AutoProcessor.register(BlipRBMConfig, BlipRBMProcessor, exist_ok=True)
 

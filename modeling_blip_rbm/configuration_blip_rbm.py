@@ -30,6 +30,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_blip_rbm.BlipRBMConfig",
     "AutoModel": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_blip_rbm.BlipRBMForConditionalGeneration",
     "AutoModelForZeroShotImageClassification": "modeling_blip_rbm.BlipRBMForImageTextRetrieval",
     "AutoProcessor": "processing_blip_rbm.BlipRBMProcessor",

@@ -286,26 +286,20 @@ class BlipRBMGenerationMixin(GenerationMixin):
             encoding = self._encode(fast, pixel_values, vision_hidden_states, rbm, **extra)
         elif pixel_values is not None or vision_hidden_states is not None:
             raise ValueError("encoding is the image already: leave pixel_values and vision_hidden_states out")
-        encoding, input_ids, attention_mask = self._fit_prompts(
-            encoding, input_ids, attention_mask, alone=settings.rbm_rerank
-        )
-        logits_processor = LogitsProcessorList(logits_processor or [])
-        if rbm_diversity:
+        alone = settings.rbm_rerank
+        encoding, input_ids, attention_mask = self._fit_prompts(encoding, input_ids, attention_mask, alone)
+        if rbm_diversity:  # each caption of an image is a row of its own
             n = self._setting(generate_kwargs, "num_return_sequences", 1)
             generate_kwargs["num_return_sequences"] = 1
             input_ids, attention_mask = input_ids.repeat_interleave(n, 0), attention_mask.repeat_interleave(n, 0)
-            logits_processor.append(
-                self._guidance(fast, encoding.hidden_input.repeat_interleave(n, 0), settings, rbm_diversity)
-            )
-        elif settings.rbm_guidance:
-            logits_processor.append(self._guidance(fast, encoding.hidden_input, settings))
+        guides = self._guides(fast, encoding.hidden_input, settings, rbm_diversity, len(input_ids))
         generate_kwargs |= self._within_context(generate_kwargs, input_ids.shape[1])
         generate_kwargs |= self._image_inputs(fast, encoding, len(input_ids), generate_kwargs)
         generate_kwargs |= {
             "inputs": input_ids,  # else transformers makes some where the weights are, which may be nowhere yet
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "logits_processor": logits_processor,
+            "logits_processor": LogitsProcessorList([*(logits_processor or []), *guides]),
         }
         if settings.rbm_rerank and not rbm_diversity:
             return self._generate_reranked(encoding, settings, **generate_kwargs)
@@ -411,20 +405,27 @@ class BlipRBMGenerationMixin(GenerationMixin):
 
     # ------------------------------------------------------------------ guide and samples
 
-    def _guidance(self, fast, hidden_input, settings: DecodingSettings, diversity: float = 0.0) -> RBMGuidance:
-        config, order = self.config, settings.rbm_guidance_order
-        parameters = self.rbm_parameters()
+    def _guides(self, fast, hidden_input, settings: DecodingSettings, diversity: float, rows: int) -> list:
+        """The RBM's logits processors for so many rows of text: one, or none."""
+        if not (settings.rbm_guidance or diversity):
+            return []
+        config, order, parameters = self.config, settings.rbm_guidance_order, self.rbm_parameters()
         beta = settings.rbm_guidance or None
         if beta and settings.rbm_guidance_rarity:
             words = torch.tensor(config.rbm_word_ids, device=hidden_input.device)
             with weights_here(self.rbm_layer.phrases):
                 beta = beta * (1 + settings.rbm_guidance_rarity * self.rbm_layer.phrases.token_rarity(words))
         product = fast.gain_product(parameters.U, order) if fast is not None else None
-        causes = bernoulli(torch.sigmoid(hidden_input)) if diversity else None
+        causes = None
+        if diversity:  # causes of its own for every row
+            hidden_input = hidden_input.repeat_interleave(rows // len(hidden_input), 0)
+            causes = bernoulli(torch.sigmoid(hidden_input))
         vocab_size, clip = config.text_config.vocab_size, settings.rbm_guidance_clip
-        return RBMGuidance(
-            parameters, hidden_input, config.rbm_word_ids, vocab_size, beta, clip, order, causes, diversity, product
-        )
+        return [
+            RBMGuidance(
+                parameters, hidden_input, config.rbm_word_ids, vocab_size, beta, clip, order, causes, diversity, product
+            )
+        ]
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
         """Transformers' own, which on a CPU draws tokens by `InverseTransformSampling`."""

@@ -192,6 +192,9 @@ class BlipRBMOutput(ModelOutput):
     cross_attentions: Optional[tuple] = None
 
 
+RECORDED = ("past_key_values", "hidden_states", "attentions", "cross_attentions")  # of the text decoder's output
+
+
 class ImageCrossAttention(BlipTextSelfAttention):
     """BLIP's cross-attention, which reads the image tokens' mask: it arrives under the name that BLIP's does not read."""
 
@@ -333,9 +336,7 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
         use_cache: Optional[bool] = None,
         output_attentions: Optional[bool] = None,
         output_hidden_states: Optional[bool] = None,
-        return_dict: Optional[
-            bool
-        ] = None,  # can_return_tuple heeds it; named here for exporters, which look at the signature
+        return_dict: Optional[bool] = None,  # for can_return_tuple; exporters look at the signature
     ) -> BlipRBMOutput:
         """
         Args:
@@ -345,29 +346,13 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
             attention_mask (B, T): 0 on pads. A 4D mask (B, 1, T, T), added to attention scores, is used as it is.
             labels (B, T): same layout as input_ids; -100 and pads do not count. Alone, they stand for input_ids too.
             encoder_attention_mask (B, N): image tokens to attend to.
-
         Returns:
             [`BlipRBMOutput`]; `loss` in nats per token, with `text_config.label_smoothing`.
         """
-        output_attentions, output_hidden_states = (
-            getattr(self.config, name) if given is None else given
-            for name, given in (
-                ("output_attentions", output_attentions),
-                ("output_hidden_states", output_hidden_states),
-            )
+        image_embeds = self._image_of(
+            pixel_values, vision_hidden_states, image_embeds, past_key_values, interpolate_pos_encoding
         )
-        if isinstance(past_key_values, ImageCache):
-            image_embeds = past_key_values.image_embeds
-        elif image_embeds is None and (pixel_values is not None or vision_hidden_states is not None):
-            image_embeds = self.encode_image(pixel_values, vision_hidden_states, interpolate_pos_encoding).image_embeds
-        elif image_embeds is None:
-            image_embeds = self._image_of_cache(past_key_values)
-        if labels is not None:
-            labels = self._masked_labels(labels, attention_mask)
-            if input_ids is None:
-                input_ids = self._input_ids_from_labels(labels)
-        elif input_ids is None:
-            input_ids = torch.full((image_embeds.shape[0], 1), self.decoder_input_ids, device=image_embeds.device)
+        input_ids, labels = self._tokens_of(input_ids, labels, attention_mask, image_embeds)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -376,7 +361,6 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
         ):  # one step of `generate`, which made this cache: inference_blip_rbm.py
             logits = past_key_values.logits(input_ids, attention_mask, position_ids, encoder_attention_mask, keep)
             return BlipRBMOutput(logits=logits, past_key_values=past_key_values, image_embeds=image_embeds)
-
         outputs = self.text_decoder.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -385,22 +369,36 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache if labels is None else False,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+            output_hidden_states=self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
             is_decoder=True,
             return_dict=True,
         )
         logits = self.text_decoder.cls(outputs.last_hidden_state[:, keep])
         loss = None if labels is None else caption_loss(logits, labels, self.config.text_config.label_smoothing)
-        return BlipRBMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            image_embeds=image_embeds,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
+        recorded = {name: outputs[name] for name in RECORDED if name in outputs}
+        return BlipRBMOutput(loss=loss, logits=logits, image_embeds=image_embeds, **recorded)
+
+    def _image_of(self, pixel_values, vision_hidden_states, image_embeds, past_key_values, interpolate_pos_encoding):
+        """(B, N, D) what the decoder attends to, from whichever the image is given as."""
+        if isinstance(past_key_values, ImageCache):
+            return past_key_values.image_embeds
+        if image_embeds is not None:
+            return image_embeds
+        if pixel_values is not None or vision_hidden_states is not None:
+            return self.encode_image(pixel_values, vision_hidden_states, interpolate_pos_encoding).image_embeds
+        return self._image_of_cache(past_key_values)
+
+    def _tokens_of(self, input_ids, labels, attention_mask, image_embeds):
+        """input_ids (B, T), and labels (B, T) in which what does not count is -100; each may stand for the other."""
+        if labels is not None:
+            labels = self._masked_labels(labels, attention_mask)
+            return self._input_ids_from_labels(labels) if input_ids is None else input_ids, labels
+        if input_ids is None:
+            input_ids = torch.full((image_embeds.shape[0], 1), self.decoder_input_ids, device=image_embeds.device)
+        return input_ids, None
 
     def _image_of_cache(self, past_key_values) -> torch.Tensor:
         """Stands for image_embeds where the cache holds the image's keys and values already: a token that nobody reads."""

@@ -1,4 +1,5 @@
-"""Running the training stages in tests: drawn data and tiny towers to run them on, in this process or in one of their own."""
+"""Running the training stages in tests: drawn data and tiny towers to run them on, in this process or in one of their
+own."""
 
 import contextlib
 import importlib
@@ -72,13 +73,18 @@ def towers(tmp_path_factory):
     return folder
 
 
+def module_of(stage: str) -> str:
+    """`train_rbm` is a stage; `experiments.noise.noise` is named in full."""
+    return stage if "." in stage else f"training.{stage}"
+
+
 def in_process(module, *args, cwd) -> str:
     """Run a stage as its command line would, in this process; what it printed."""
     printed, before = io.StringIO(), os.getcwd()
     os.chdir(cwd)
     try:
         with mock.patch.object(sys, "argv", [module, *map(str, args)]), contextlib.redirect_stdout(printed):
-            importlib.import_module(f"training.{module}").main()
+            importlib.import_module(module_of(module)).main()
     finally:
         os.chdir(before)
         AcceleratorState._reset_state(True)
@@ -90,7 +96,7 @@ def process(module, *args, cwd, launcher=()):
     environment = {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     environment |= {"HF_HOME": str(cwd / "hf")}
     launch = ["-m", "accelerate.commands.launch", *launcher] if launcher else ["-W", "ignore"]
-    command = [sys.executable, *launch, "-m", f"training.{module}", *map(str, args)]
+    command = [sys.executable, *launch, "-m", module_of(module), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 

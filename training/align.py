@@ -1,15 +1,20 @@
-"""Align a frozen vision with a frozen text encoder by a small layer on their cached embeddings, and see how well they are aligned.
+"""Align a frozen vision with a frozen text encoder by a small layer on their cached embeddings, and see how well they
+are aligned.
 
-    accelerate launch -m training.align --kind sail --vision VISION [VISION ...] --text TEXT --dataset flickr8k --output_dir runs/align
+    python -m training.align training/recipes/align-sail.yaml --vision VISION [VISION ...] --text TEXT \
+        --dataset flickr8k --output_dir runs/align
 
 Three kinds of similarity between an image and a sentence, trained on the same pairs:
 
 - `probe`: cosine of two linear layers: alignment probing, how aligned the frozen encoders are (SAIL, arXiv 2412.04616);
-- `sail`: cosine of two gated layers, LayerNorm -> g(ReLU6(f1 x) * f2 x), trained with the sigmoid loss (SigLIP, arXiv 2303.15343);
-- `rbm`: the free energy of a joint RBM of image, words and sentence: their pointwise mutual information, trained to match.
+- `sail`: cosine of two gated layers, LayerNorm -> g(ReLU6(f1 x) * f2 x), trained with the sigmoid loss (SigLIP, arXiv
+  2303.15343);
+- `rbm`: the free energy of a joint RBM of image, words and sentence: their pointwise mutual information, trained to
+  match.
 
-Several captions of an image are drawn a step, all of them right: none is ever taken for a negative of its own image. Batches may be as
-large as the data (`training/lib/contrastive.py` computes the loss in pieces). Goes on from its last epoch when it is started again.
+Several captions of an image are drawn a step, all of them right: none is ever taken for a negative of its own image.
+Batches may be as large as the data (`training/lib/contrastive.py` computes the loss in pieces). Goes on from its last
+epoch when it is started again.
 """
 
 import json
@@ -27,15 +32,16 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from modeling_blip_rbm.rbm import JointRBM, hidden_input, pairwise_information
+from training.lib.aligned import Projection
 from training.lib.arguments import SourceArguments, parse_arguments
 from training.lib.checkpoints import peak_memory_mb, refuse_other_output, write_json
-from training.lib.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces
-from training.lib.data import CaptionWords, caption_words, split_held_back
+from training.lib.contrastive import info_nce
+from training.lib.data import CaptionWords, caption_words, choose_words, split_held_back
 from training.lib.distributed import Checkpoint, from_all_processes, new_accelerator
 from training.lib.encoders import TextEncoder, VisionEncoder
 from training.lib.pairs import load_pairs
 from training.lib.retrieval import recalls
-from training.train_rbm import choose_words
+from training.lib.stage import run_stage
 
 
 @dataclass(kw_only=True)
@@ -72,101 +78,9 @@ class AlignArguments(SourceArguments):
     seed: int = field(default=0, metadata={"help": "of everything random"})
 
 
-class GatedLayer(nn.Module):
-    """SAIL's alignment layer: g(ReLU6(f1 x) * f2 x), (n, in) -> (n, out)."""
-
-    def __init__(self, in_size: int, hidden_size: int, out_size: int):
-        super().__init__()
-        self.gate, self.value = nn.Linear(in_size, hidden_size), nn.Linear(in_size, hidden_size)
-        self.out = nn.Linear(hidden_size, out_size)
-
-    def forward(self, x):
-        return self.out(F.relu6(self.gate(x)) * self.value(x))
-
-
-class Projection(nn.Module):
-    """Image and sentence in one space; their similarity is the cosine there.
-
-    Args:
-        hidden_size: of the gated layers; None: linear ones.
-    """
-
-    def __init__(
-        self, image_size: int, text_size: int, dim: int, hidden_size: Optional[int], dropout: float, loss: str
-    ):
-        super().__init__()
-        head = lambda size: nn.Sequential(
-            nn.LayerNorm(size),
-            nn.Dropout(dropout),
-            nn.Linear(size, dim) if hidden_size is None else GatedLayer(size, hidden_size, dim),
-        )
-        self.image, self.text = head(image_size), head(text_size)
-        self.log_scale = nn.Parameter(torch.tensor(20.0).log())
-        self.bias = nn.Parameter(torch.tensor(-10.0 if loss == "sigmoid" else 0.0))
-        self.loss = loss
-
-    def embed_images(self, images):
-        return F.normalize(self.image(images), dim=-1)
-
-    def embed_texts(self, texts, words=None):
-        return F.normalize(self.text(texts), dim=-1)
-
-    def similarity(self, images, texts):
-        """(n, m) of what `embed_images` and `embed_texts` give."""
-        return images @ texts.T
-
-    def forward(self, images, texts, words, image_owner, text_owner, chunk: int):
-        """The loss of a batch: images (n, V), texts (m, D); owners: the number of the image that each belongs to."""
-        z_image, z_text = (from_all_processes(z) for z in (self.embed_images(images), self.embed_texts(texts)))
-        owners = from_all_processes(image_owner), from_all_processes(text_owner)
-        in_pieces = sigmoid_in_pieces if self.loss == "sigmoid" else info_nce_in_pieces
-        return in_pieces(z_image, z_text, *owners, self.log_scale.clamp(max=np.log(100.0)).exp(), self.bias, chunk)
-
-
-class AlignedTokens:
-    """A `FeatureStore` of tokens, each through the image layer of a trained `Projection` (before it is put on the sphere).
-
-    The layer has learned on pooled images, [CLS ; mean of the patches] or the mean; a token takes the place of the mean.
-    """
-
-    def __init__(self, store, layer: nn.Module):
-        self.store, self.layer, self.num_views = store, layer, store.num_views
-
-    @torch.no_grad()
-    def aligned(self, tokens: torch.Tensor) -> torch.Tensor:
-        if len(self.layer[0].weight) == 2 * tokens.shape[-1]:
-            tokens = torch.cat([tokens[..., :1, :].expand_as(tokens), tokens], dim=-1)
-        return self.layer(tokens)
-
-    def view(self, row: int, view: int = 0) -> torch.Tensor:
-        return self.aligned(self.store.view(row, view).float())
-
-    def batch(self, rows, view=0) -> torch.Tensor:
-        return self.aligned(self.store.batch(rows, view))
-
-
-def load_image_layer(run: str | Path) -> nn.Module:
-    """The image layer (n, V) -> (n, dim) of a finished `probe` or `sail` run on one tower that is pooled by its mean.
-
-    Raises:
-        FileNotFoundError: if the run has not ended.
-        ValueError: if it is of another kind.
-    """
-    settings = json.loads((Path(run) / "align.json").read_text())["align"]
-    if settings["kind"] == "rbm" or len(settings["vision"]) > 1:
-        raise ValueError(
-            f"{run} is of kind {settings['kind']!r} on {len(settings['vision'])} towers; aligned tokens need probe or sail on one"
-        )
-    weights = torch.load(Path(run) / "best.pt", weights_only=True)
-    image_size, text_size = (len(weights[f"{side}.0.weight"]) for side in ("image", "text"))
-    hidden_size = settings["hidden_size"] if settings["kind"] == "sail" else None
-    projection = Projection(image_size, text_size, settings["dim"], hidden_size, settings["dropout"], settings["loss"])
-    projection.load_state_dict(weights)
-    return projection.image.eval().requires_grad_(False)
-
-
 class Energy(nn.Module):
-    """A joint RBM of image x, sentence t (one Gaussian block) and words w: similarity is PMI(t, w; x), as in re-rank."""
+    """A joint RBM of image x, sentence t (one Gaussian block) and words w: similarity is PMI(t, w; x), as in
+    re-rank."""
 
     def __init__(self, image_size: int, text_size: int, num_words: int, hidden_size: int, dropout: float):
         super().__init__()
@@ -200,7 +114,8 @@ class Energy(nn.Module):
 
 
 class AlignmentData(torch.utils.data.Dataset):
-    """Cached embeddings of images, in a random view, and of some of their captions, chosen by (seed, epoch, image) alone."""
+    """Cached embeddings of images, in a random view, and of some of their captions, chosen by (seed, epoch, image)
+    alone."""
 
     def __init__(
         self, stores, columns, sentences, words: Optional[CaptionWords], starts, rows, captions: int, seed: int
@@ -300,8 +215,8 @@ def set_statistics(energy: Energy, data: AlignmentData):
 
 @torch.no_grad()
 def embed(aligner, data: AlignmentData, rows, size: int = 2048):
-    """What `similarity` takes, of these images and of all their captions; and whose each caption is. Of an image that is cached in several
-    views, the mean of them."""
+    """What `similarity` takes, of these images and of all their captions; and whose each caption is. Of an image that
+    is cached in several views, the mean of them."""
     aligner.eval()
     views = range(data.stores[0].num_views)
     images_of = lambda part: torch.stack([aligner.embed_images(data.images(part, view)) for view in views]).mean(0)
@@ -319,7 +234,8 @@ def evaluate(aligner, data: AlignmentData, rows) -> dict[str, float]:
 
 
 def train(accelerator, aligner, data: AlignmentData, held_rows, args: AlignArguments) -> list[dict]:
-    """Train; the layer of the epoch with the best recalls on held-back images, or of the last where none are, stays in `aligner`."""
+    """Train; the layer of the epoch with the best recalls on held-back images, or of the last where none are, stays in
+    `aligner`."""
     output_dir, plain = Path(args.output_dir), aligner
     matrices = [p for p in aligner.parameters() if p.dim() > 1]
     rest = [p for p in aligner.parameters() if p.dim() <= 1]
@@ -404,4 +320,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,6 +1,8 @@
-"""Average the weights of captioners that went on from the same one ("model soup", Wortsman et al., ICML 2022, arXiv 2203.05482).
+"""Average the weights of captioners that went on from the same one ("model soup", Wortsman et al., ICML 2022, arXiv
+2203.05482).
 
-    python -m training.average_captioners runs/captioner-finish/best runs/captioner-finish/last --output_dir runs/captioner-average
+    python -m training.average_captioners runs/captioner-finish/best runs/captioner-finish/last \
+        --output_dir runs/captioner-average
 
 One model comes out, as fast as each that went in.
 """
@@ -12,7 +14,8 @@ from pathlib import Path
 import torch
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.lib.checkpoints import record_file, save_captioner, write_json
+from training.lib.checkpoints import record_file, refuse_other_output, save_captioner, write_json
+from training.lib.stage import run_stage
 
 
 def average(models: list) -> dict[str, torch.Tensor]:
@@ -38,6 +41,7 @@ def main():
     parser.add_argument("models", nargs="+", help="folders or Hub ids of captioners")
     parser.add_argument("--output_dir", required=True, help="where the average goes, in `best`")
     args = parser.parse_args()
+    refuse_other_output(args.output_dir, "captioner.json")
     models = [BlipRBMForConditionalGeneration.from_pretrained(name) for name in args.models]
     models[0].load_state_dict(average(models))
     output = Path(args.output_dir)
@@ -49,4 +53,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -6,8 +6,9 @@
 The vision encoder becomes the tower, the BERT-type text encoder BLIP's decoder: its token-type row 0 is folded into the
 positions, cross-attention starts as a copy of self-attention, and two tokens are added, [DEC] and [ENC].
 
-With `--decoder` the words are those of a trained captioner and only the way from image to words is new; with `--aligned` as well, tokens
-are expected to have gone through an alignment layer: what SAIL's last claim is tested with (training/README.md).
+With `--decoder` the words are those of a trained captioner and only the way from image to words is new; with
+`--aligned` as well, tokens are expected to have gone through an alignment layer: `experiments/alignment/` tests SAIL's last
+claim so.
 """
 
 import argparse
@@ -18,10 +19,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
-from training.align import load_image_layer
-from training.lib.checkpoints import record_of_training, save_captioner, write_json
+from modeling_blip_rbm.vision_blip_rbm import vision_tokens
+from training.lib.aligned import load_image_layer
+from training.lib.checkpoints import record_of_training, refuse_other_output, save_captioner, write_json
 from training.lib.encoders import load_image_processor, load_vision_model, states_of_blank
+from training.lib.stage import run_stage
 
 
 def build_tokenizer(text: str):
@@ -33,8 +35,8 @@ def build_tokenizer(text: str):
 
 
 def load_tower(vision: str):
-    """A vision model by folder or Hub id, or the tower of a BLIP-RBM; `NAME@10`: its first 10 layers. Those of a tower that was tuned for
-    something else may say more of an image than the last (the alignment study in README.md tells).
+    """A vision model by folder or Hub id, or the tower of a BLIP-RBM; `NAME@10`: its first 10 layers. Those of a tower
+    that was tuned for something else may say more of an image than the last (`experiments/alignment/`).
 
     Raises:
         ValueError: for the first layers of a BLIP-RBM.
@@ -128,12 +130,13 @@ def _start_decoder_from_bert(decoder, bert: dict):
 
 @torch.no_grad()
 def with_decoder_of(captioner: str, vision: str, aligned: str | None = None):
-    """A trained captioner's decoder on another tower, the projector untrained, cross-attention a copy of self-attention again.
+    """A trained captioner's decoder on another tower, the projector untrained, cross-attention a copy of self-attention
+    again.
 
     Args:
         captioner: folder or Hub id of a BLIP-RBM.
-        aligned: output of `training.align`: the projector takes tokens of its width, not of the tower's. Such a model captions cached
-            tokens (`train_captioner --aligned`), not pixels.
+        aligned: output of `training.align`: the projector takes tokens of its width, not of the tower's. Such a model
+            captions cached tokens (`train_captioner --aligned`), not pixels.
     """
     trained = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32)
     tower, image_processor = load_tower(vision)
@@ -163,6 +166,7 @@ def main():
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    refuse_other_output(args.output_dir)
     torch.manual_seed(args.seed)
     if args.aligned and not args.decoder:
         parser.error("--aligned needs --decoder: the captioner whose words the new one begins with")
@@ -177,4 +181,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,19 +1,21 @@
-"""CapFilt with the RBM's energy: find captions that do not belong to their images, drop them, and put the model's own in their place.
+"""CapFilt with the RBM's energy: find captions that do not belong to their images, drop them, and put the model's own
+in their place.
 
     python -m training.capfilt --model checkpoints/blip-rbm-small --dataset my-web-pairs --output_dir runs/filtered
     python -m training.train_captioner ... --dataset runs/filtered
 
-A caption is judged by how much likelier the RBM finds its words for its image than for other images, and kept if it is likelier right than
-wrong by a logistic function of that (BLIP, arXiv 2201.12086, section 3.3, with the energy for its matching head), fitted on held-back images:
-their captions, of which an unknown share is wrong, and exchanged ones, which all are. `capfilt.json` says how large that share is found.
-The head of `BlipRBMForImageTextRetrieval` is fitted too, on PMI alone and against hard negatives, the best of a few captions of other
-images, and written into the model's config.
+A caption is judged by how much likelier the RBM finds its words for its image than for other images, and kept if it is
+likelier right than wrong by a logistic function of that (BLIP, arXiv 2201.12086, section 3.3, with the energy for its
+matching head), fitted on held-back images: their captions, of which an unknown share is wrong, and exchanged ones,
+which all are. `capfilt.json` says how large that share is found. The head of `BlipRBMForImageTextRetrieval` is fitted
+too, on PMI alone and against hard negatives, the best of a few captions of other images, and written into the model's
+config.
 
-With `--shuffle 0.3` that share of the captions is first exchanged between images and an RBM is trained on the noisy pairs of each half of
-the images, which judges the other half, its synthetic captions as well; with `--rounds 2` once more, on what the first two left.
-`capfilt.json` says how well the wrong ones are found. For an honest measurement the model must not know the right pairs: a tower that never
-saw captions, a captioner trained on the noisy pairs, which are written to `OUTPUT_DIR-noisy` (beside, as a data set is all parquet files
-below a folder).
+With `--shuffle 0.3` that share of the captions is first exchanged between images and an RBM is trained on the noisy
+pairs of each half of the images, which judges the other half, its synthetic captions as well; with `--rounds 2` once
+more, on what the first two left. `capfilt.json` says how well the wrong ones are found. For an honest measurement the
+model must not know the right pairs: a tower that never saw captions, a captioner trained on the noisy pairs, which are
+written to `OUTPUT_DIR-noisy` (beside, as a data set is all parquet files below a folder).
 """
 
 import json
@@ -30,13 +32,15 @@ from sklearn.metrics import roc_auc_score
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.rbm import hidden_input, pairwise_mutual_information, pointwise_mutual_information
-from training.evaluate_captions import caption_rows
 from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.captions import caption_rows
 from training.lib.checkpoints import refuse_other_output, write_json
-from training.lib.data import CaptionWords, caption_words, split_held_back
+from training.lib.data import CaptionWords, caption_words, choose_words, split_held_back
 from training.lib.distributed import new_accelerator
 from training.lib.features import cache_features, load_features
-from training.train_rbm import PooledPairs, RBMArguments, choose_words, in_pieces, train, with_new_rbm
+from training.lib.rbm_objective import PooledPairs, RBMArguments
+from training.lib.rbm_training import in_pieces, train, with_new_rbm
+from training.lib.stage import run_stage
 
 
 @dataclass
@@ -71,7 +75,8 @@ def shuffled(captions: list[list[str]], share: float, seed: int) -> tuple[list[l
     rng = np.random.default_rng(seed)
     places = [(i, k) for i, of_image in enumerate(captions) for k in range(len(of_image))]
     chosen = rng.permutation(len(places))[: round(share * len(places))]
-    # in the order of their images, half a round on: no caption meets its own image again unless an image has half of them
+    # in the order of their images, half a round on: no caption meets its own image again unless an image has half of
+    # them
     chosen = np.sort(chosen)
     given = np.roll(chosen, len(chosen) // 2)
     noisy, wrong = [list(of_image) for of_image in captions], [np.zeros(len(of_image), bool) for of_image in captions]
@@ -85,7 +90,8 @@ def shuffled(captions: list[list[str]], share: float, seed: int) -> tuple[list[l
 def caption_evidence(rbm, store, words: CaptionWords, rows, references, whose=None) -> list[np.ndarray]:
     """Of each of these images' captions, how much likelier its words are for its image than for others, nats.
 
-    PMI(w; x) - log mean exp PMI(w; x') over the reference images x': some captions go with many images, whatever theirs is.
+    PMI(w; x) - log mean exp PMI(w; x') over the reference images x': some captions go with many images, whatever theirs
+    is.
 
     Args:
         whose: the image whose captions are held against each of `rows`; default: itself.
@@ -112,7 +118,8 @@ def fit_head(match: np.ndarray, other: np.ndarray) -> tuple[list[float], float]:
 
 @torch.no_grad()
 def fit_matching_head(rbm, store, words: CaptionWords, rows, negatives: int, seed: int) -> tuple[list[float], float]:
-    """The head of `BlipRBMForImageTextRetrieval`, on PMI: captions against hard negatives, each the best of a few of other images."""
+    """The head of `BlipRBMForImageTextRetrieval`, on PMI: captions against hard negatives, each the best of a few of
+    other images."""
     p, rng = rbm.parameters_fp32, np.random.default_rng(seed)
     a = hidden_input(p, rbm.standardise(store.batch(rows)))
     similarity = pairwise_mutual_information(p, a, words.choose(np.asarray(rows), rng.random(len(rows)))).numpy()
@@ -126,9 +133,9 @@ def fit_matching_head(rbm, store, words: CaptionWords, rows, negatives: int, see
 def fit_mixture(own: np.ndarray, other: np.ndarray, iterations: int = 30) -> tuple[list[float], float]:
     """Bias and weight of the log-odds that one of `own` is right, and the share of those that are wrong.
 
-    Positive and unlabelled learning (Elkan & Noto, KDD 2008): an unknown share of `own` is wrong, and scores as `other` does, where all are.
-    Below the median of `other` hardly a right one is found, which gives the share; then logistic regression and the chances of `own` in
-    turns (EM).
+    Positive and unlabelled learning (Elkan & Noto, KDD 2008): an unknown share of `own` is wrong, and scores as `other`
+    does, where all are. Below the median of `other` hardly a right one is found, which gives the share; then logistic
+    regression and the chances of `own` in turns (EM).
 
     Args:
         own (n,), other (m,): evidence for captions of their images, and for exchanged ones.
@@ -195,8 +202,8 @@ class Filter:
 
     Args:
         judges: RBMs, and the rows of the images that each judges; the scale of each is fitted once, here.
-        words: of the captions of all images. Those of the held-back ones make the scale, against exchanged ones; they may be as wrong as the
-            others.
+        words: of the captions of all images. Those of the held-back ones make the scale, against exchanged ones; they
+            may be as wrong as the others.
         least: chance from which a caption is kept.
     """
 
@@ -242,76 +249,6 @@ def write_pairs(images: Dataset, captions: list[list[str]], folder: Path, split:
     return len(kept)
 
 
-def main():
-    data, args = parse_arguments(DataArguments, CapFiltArguments)
-    refuse_other_output(args.output_dir, "capfilt.json", "rbm-0")
-    noisy_dir = Path(args.output_dir).with_name(Path(args.output_dir).name + "-noisy")
-    if args.shuffle:
-        refuse_other_output(noisy_dir, f"{data.train_split}.parquet")
-    if args.rounds < 1 or (args.rounds > 1 and not args.shuffle):
-        raise ValueError(
-            f"--rounds is {args.rounds}, but must be at least 1, and 1 without --shuffle: only RBMs of shuffled pairs are trained here"
-        )
-    if data.streaming:
-        raise ValueError("capfilt writes the images that it keeps, so it cannot stream them: leave --streaming out")
-    processor = BlipRBMProcessor.from_pretrained(args.model)
-    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
-    dataset, store = load_features(
-        data, model.vision_model, processor.image_processor, pooling=model.config.rbm_pooling
-    )
-    train_rows, held_rows = split_held_back(dataset, data.held_back)
-    captions, wrong = shuffled(dataset["captions"][:], args.shuffle, args.seed)
-    word_ids, report = model.config.rbm_word_ids, {}
-    if not word_ids:
-        if not args.shuffle:
-            raise ValueError(f"{args.model} has no RBM that knows words: train one first (training.train_rbm)")
-        word_ids = choose_words(processor.tokenizer, (captions[i] for i in train_rows), RBMArguments.num_words)
-    words = caption_words(processor.tokenizer, captions, word_ids)
-    if args.shuffle:
-        judges = noisy_judges(model, store, words, train_rows, held_rows, args)
-        for round_number in range(1, args.rounds):
-            chance = Filter(judges, store, words, held_rows, args.least, args.seed)(train_rows, words)[1]
-            left = [list(of_image) for of_image in captions]  # of held-back images all
-            for i, of_image in zip(train_rows, chance):
-                left[i] = kept_captions(captions[i], of_image, args.least)
-            left = caption_words(processor.tokenizer, left, word_ids)
-            judges = noisy_judges(model, store, left, train_rows, held_rows, args, round_number)
-    else:
-        rbm = model.rbm_layer.rbm
-        judges = [(rbm, train_rows)]
-        head, auc = fit_matching_head(rbm, store, words, held_rows, args.negatives, args.seed)
-        report |= {"matching_head": head, "auc_against_hard_negatives": auc}
-        config_file = Path(args.model) / "config.json"
-        if args.save and config_file.exists():
-            write_json(config_file, json.loads(config_file.read_text()) | {"rbm_match": head})
-    judge = Filter(judges, store, words, held_rows, args.least, args.seed)
-    evidence, chance = judge(train_rows, words)
-    kept = [kept_captions(captions[i], of_image, args.least) for i, of_image in zip(train_rows, chance)]
-    if args.shuffle:
-        is_wrong = np.concatenate([wrong[i] for i in train_rows])
-        report["auc_of_wrong_captions"] = float(roc_auc_score(is_wrong, -np.concatenate(evidence)))
-        right = [~wrong[i][of_image >= args.least] for i, of_image in zip(train_rows, chance)]
-        report["share_right_before"] = float(1 - is_wrong.mean())
-        report["share_right_after"] = float(np.concatenate(right).mean())
-    report |= {
-        "captions": sum(len(captions[i]) for i in train_rows), "kept": sum(map(len, kept)),
-        "share_wrong_estimated": judge.share_wrong,
-        "capfilt": asdict(args), "data": asdict(data),
-    }  # fmt: skip
-    if not any(kept):
-        raise ValueError(
-            f"no caption is right with a chance of --least {args.least} or more: give a lower one; nothing was written"
-        )
-    images, output_dir = dataset.select(train_rows), Path(args.output_dir)
-    if args.synthetic:
-        report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)
-    report["images_kept"] = write_pairs(images, kept, output_dir, data.train_split)
-    if args.shuffle:
-        write_pairs(images, [captions[i] for i in train_rows], noisy_dir, data.train_split)
-    write_json(output_dir / "capfilt.json", report)
-    print(json.dumps({name: value for name, value in report.items() if name not in ("capfilt", "data")}, indent=1))
-
-
 def add_synthetic(model, processor, images, kept, rows, words: CaptionWords, judge: Filter, data) -> int:
     """Add the model's own caption to images that lost captions, if it passes the same filter; how many did."""
     lost = [i for i, row in enumerate(rows) if len(kept[i]) < len(words[row])]
@@ -326,5 +263,103 @@ def add_synthetic(model, processor, images, kept, rows, words: CaptionWords, jud
     return len(passed)
 
 
+def refuse_impossible(data: DataArguments, args: CapFiltArguments):
+    """Raises ValueError for settings that cannot be, before anything is read."""
+    if args.rounds < 1 or (args.rounds > 1 and not args.shuffle):
+        raise ValueError(
+            f"--rounds is {args.rounds}, but must be at least 1, and 1 without --shuffle: only RBMs of shuffled pairs are trained here"
+        )
+    if data.streaming:
+        raise ValueError("capfilt writes the images that it keeps, so it cannot stream them: leave --streaming out")
+
+
+def judges_of_shuffled_pairs(model, processor, store, captions, words, train_rows, held_rows, args: CapFiltArguments):
+    """Two RBMs of noisy pairs; in every round but the first they are trained on the captions that the two before found
+    right."""
+    judges = noisy_judges(model, store, words, train_rows, held_rows, args)
+    for round_number in range(1, args.rounds):
+        chance = Filter(judges, store, words, held_rows, args.least, args.seed)(train_rows, words)[1]
+        left = [list(of_image) for of_image in captions]  # of held-back images all
+        for i, of_image in zip(train_rows, chance):
+            left[i] = kept_captions(captions[i], of_image, args.least)
+        left = caption_words(processor.tokenizer, left, words.word_ids)
+        judges = noisy_judges(model, store, left, train_rows, held_rows, args, round_number)
+    return judges
+
+
+def save_matching_head(model, store, words, held_rows, args: CapFiltArguments) -> dict:
+    """Fit the matching head to the model's own RBM, and write it into the model's config.json if it is a folder."""
+    head, auc = fit_matching_head(model.rbm_layer.rbm, store, words, held_rows, args.negatives, args.seed)
+    config_file = Path(args.model) / "config.json"
+    if args.save and config_file.exists():
+        write_json(config_file, json.loads(config_file.read_text()) | {"rbm_match": head})
+    return {"matching_head": head, "auc_against_hard_negatives": auc}
+
+
+def how_well_found(wrong, rows, evidence, chance, least: float) -> dict[str, float]:
+    """How well exchanged captions are found: `wrong`, of each image which those are."""
+    is_wrong = np.concatenate([wrong[i] for i in rows])
+    right = [~wrong[i][of_image >= least] for i, of_image in zip(rows, chance)]
+    return {
+        "auc_of_wrong_captions": float(roc_auc_score(is_wrong, -np.concatenate(evidence))),
+        "share_right_before": float(1 - is_wrong.mean()),
+        "share_right_after": float(np.concatenate(right).mean()),
+    }
+
+
+def words_to_judge_by(model, processor, captions, train_rows, args: CapFiltArguments) -> CaptionWords:
+    """The RBM's words in the captions; of a captioner without an RBM, whose pairs are shuffled, the commonest ones."""
+    word_ids = model.config.rbm_word_ids
+    if not word_ids:
+        if not args.shuffle:
+            raise ValueError(f"{args.model} has no RBM that knows words: train one first (training.train_rbm)")
+        word_ids = choose_words(processor.tokenizer, (captions[i] for i in train_rows), RBMArguments.num_words)
+    return caption_words(processor.tokenizer, captions, word_ids)
+
+
+def main():
+    data, args = parse_arguments(DataArguments, CapFiltArguments)
+    output_dir = Path(args.output_dir)
+    refuse_impossible(data, args)
+    refuse_other_output(output_dir, "capfilt.json", "rbm-0")
+    noisy_dir = output_dir.with_name(output_dir.name + "-noisy")
+    if args.shuffle:
+        refuse_other_output(noisy_dir, f"{data.train_split}.parquet")
+    processor = BlipRBMProcessor.from_pretrained(args.model)
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    pooling = model.config.rbm_pooling
+    dataset, store = load_features(data, model.vision_model, processor.image_processor, pooling=pooling)
+    train_rows, held_rows = split_held_back(dataset, data.held_back)
+    captions, wrong = shuffled(dataset["captions"][:], args.shuffle, args.seed)
+    words, report = words_to_judge_by(model, processor, captions, train_rows, args), {}
+    if args.shuffle:
+        judges = judges_of_shuffled_pairs(model, processor, store, captions, words, train_rows, held_rows, args)
+    else:
+        judges = [(model.rbm_layer.rbm, train_rows)]
+        report |= save_matching_head(model, store, words, held_rows, args)
+    judge = Filter(judges, store, words, held_rows, args.least, args.seed)
+    evidence, chance = judge(train_rows, words)
+    kept = [kept_captions(captions[i], of_image, args.least) for i, of_image in zip(train_rows, chance)]
+    if not any(kept):
+        raise ValueError(
+            f"no caption is right with a chance of --least {args.least} or more: give a lower one; nothing was written"
+        )
+    if args.shuffle:
+        report |= how_well_found(wrong, train_rows, evidence, chance, args.least)
+    report |= {
+        "captions": sum(len(captions[i]) for i in train_rows), "kept": sum(map(len, kept)),
+        "share_wrong_estimated": judge.share_wrong,
+        "capfilt": asdict(args), "data": asdict(data),
+    }  # fmt: skip
+    images = dataset.select(train_rows)
+    if args.synthetic:
+        report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)
+    report["images_kept"] = write_pairs(images, kept, output_dir, data.train_split)
+    if args.shuffle:
+        write_pairs(images, [captions[i] for i in train_rows], noisy_dir, data.train_split)
+    write_json(output_dir / "capfilt.json", report)
+    print(json.dumps({name: value for name, value in report.items() if name not in ("capfilt", "data")}, indent=1))
+
+
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -9,6 +9,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from training.lib.checkpoints import refuse_other_output, save_captioner
+from training.lib.stage import run_stage
 
 
 def main():
@@ -32,4 +33,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

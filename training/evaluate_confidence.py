@@ -1,13 +1,16 @@
-"""Stage 5: can a caption be trusted, and an image? Calibrates the confidence of captions, and measures it on unseen images.
+"""Stage 5: can a caption be trusted, and an image? Calibrates the confidence of captions, and measures it on unseen
+images.
 
     python -m training.evaluate_confidence --model runs/blip-rbm-small --dataset flickr8k --output runs/confidence.json
 
-*Confidence*: the chance that a caption is right, by logistic regression (Platt 1999) on its log P per token and its PMI by the RBM,
-fitted on held-back training images, and saved in the model's config (the pipeline returns it). Right means: at least as near to the
-references, by CIDEr-D, as half of the human captions are to the other ones of their image. On `--split`: reliability curve, expected
-calibration error, CIDEr-D of the captions that are left when the least confident ones are withheld.
+*Confidence*: the chance that a caption is right, by logistic regression (Platt 1999) on its log P per token and its PMI
+by the RBM, fitted on held-back training images, and saved in the model's config (the pipeline returns it). Right means:
+at least as near to the references, by CIDEr-D, as half of the human captions are to the other ones of their image. On
+`--split`: reliability curve, expected calibration error, CIDEr-D of the captions that are left when the least confident
+ones are withheld.
 
-*Energy*: F(x) of `--split` against images of other kinds (noise, textures, pages of text, a medical scan, drawings), AUC of each.
+*Energy*: F(x) of `--split` against images of other kinds (noise, textures, pages of text, a medical scan, drawings),
+AUC of each.
 
 Writes `--output`, and a picture beside it.
 """
@@ -33,6 +36,7 @@ from training.lib.data import split_held_back
 from training.lib.features import cache_features
 from training.lib.metrics import CiderD
 from training.lib.pairs import load_pairs
+from training.lib.stage import run_stage
 
 
 matplotlib.use("Agg")
@@ -98,7 +102,8 @@ def measure_confidence(prob, right, cider) -> dict:
 
 
 def other_kinds(n: int, seed: int, size: int = 224) -> dict[str, list[Image.Image]]:
-    """n images of each kind that are no photographs of everyday scenes; made or shipped with a package, none downloaded."""
+    """n images of each kind that are no photographs of everyday scenes; made or shipped with a package, none
+    downloaded."""
     rng = np.random.default_rng(seed)
     return {
         "noise": [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(n)],
@@ -234,4 +239,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

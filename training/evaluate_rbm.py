@@ -1,6 +1,8 @@
-"""What an RBM knows of images and words: retrieval both ways through its hidden units, words of images, images of words.
+"""What an RBM knows of images and words: retrieval both ways through its hidden units, words of images, images of
+words.
 
-    python -m training.evaluate_rbm --model checkpoints/blip-rbm-small --dataset flickr8k --output runs/rbm-validation.json
+    python -m training.evaluate_rbm --model checkpoints/blip-rbm-small --dataset flickr8k \
+        --output runs/rbm-validation.json
 
 Numbers of a split that the RBM has not seen go to `--output`, and beside it a picture: images with their most probable
 words, and words with their most probable images.
@@ -13,15 +15,15 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from boltzmann.likelihood import annealed_importance_sampling, base_rate_model, log_prob
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.rbm import free_energy, hidden_input, pairwise_mutual_information, word_gains
+from modeling_blip_rbm.rbm import hidden_input, word_gains
 from training.lib.arguments import MeasureArguments, parse_arguments
 from training.lib.checkpoints import write_json
 from training.lib.data import caption_words
 from training.lib.features import cache_features
 from training.lib.pairs import load_pairs
-from training.lib.retrieval import recalls
+from training.lib.rbm_evaluation import evaluate_rbm
+from training.lib.stage import run_stage
 
 
 matplotlib.use("Agg")
@@ -35,71 +37,6 @@ class EvaluateRBMArguments(MeasureArguments):
         metadata={"help": "words whose images are shown"},
     )
     seed: int = field(default=0, metadata={"help": "of the images that are shown"})
-
-
-def average_precision(prob: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """(n,) average precision of each row's ranking: prob, target (n, K). Rows without a target have 0."""
-    order = prob.argsort(1, descending=True)
-    hits = target.gather(1, order).float()
-    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
-    return (precision * hits).sum(1) / hits.sum(1).clamp(min=1)
-
-
-@torch.no_grad()
-def evaluate_rbm(rbm, pooled: torch.Tensor, words: list[torch.Tensor]) -> dict[str, float]:
-    """Retrieval by PMI among these images and all their captions, words of images, images of words, idle hidden units.
-
-    Args:
-        pooled (n, V): plain views. words: of each image (captions, K).
-
-    Returns:
-        `image_to_text_r*`, `text_to_image_r*`: R@1, 5, 10 in percent; `word_ap`: mean over images of the average precision
-        of its words among all words; `per_word_ap`: mean over words of that of its images among all images, to compare with
-        `per_word_ap_chance`; `dead`, `saturated`: shares of hidden units whose mean activity is below 0.01, above 0.99.
-    """
-    p = rbm.parameters_fp32
-    a = hidden_input(p, rbm.standardise(pooled))
-    owner = torch.tensor([i for i, of_image in enumerate(words) for _ in of_image])
-    w = torch.cat([of_image.float() for of_image in words])
-    scores = pairwise_mutual_information(p, a, w)  # (n, captions)
-    target = torch.stack([of_image.any(0) for of_image in words])
-    prob = torch.sigmoid(p.b + word_gains(p, a, order="second"))
-    q = torch.sigmoid(a).mean(0)
-    said = target.any(0)
-    result = {
-        "word_ap": average_precision(prob, target).mean().item(),
-        "per_word_ap": average_precision(prob.T[said], target.T[said]).mean().item(),
-        "per_word_ap_chance": target[:, said].float().mean(0).mean().item(),
-    }
-    result |= recalls(scores, owner)
-    return result | {"dead": (q < 0.01).float().mean().item(), "saturated": (q > 0.99).float().mean().item()}
-
-
-def _first_captions(rbm, pairs):
-    pooled, words = pairs
-    return rbm.standardise(pooled), torch.stack([of_image[0].float() for of_image in words])
-
-
-@torch.no_grad()
-def free_energy_gap(rbm, held_back, seen) -> dict[str, float]:
-    """Mean F(x, w) of held-back pairs above that of training pairs (nats): overfitting, no log Z needed (Hinton 2010, 6)."""
-    p = rbm.parameters_fp32
-    gap = free_energy(p, *_first_captions(rbm, held_back)).mean() - free_energy(p, *_first_captions(rbm, seen)).mean()
-    return {"free_energy_gap": gap.item()}
-
-
-@torch.no_grad()
-def log_likelihood(rbm, held_back, seen, temperatures: int = 1000, chains: int = 100) -> dict[str, float]:
-    """Mean log P(x, w) of pairs (nats, a density in the standardised image) by annealed importance sampling."""
-    p = rbm.parameters_fp32
-    x, w = _first_captions(rbm, seen)
-    base = base_rate_model(p, x.mean(0), w.mean(0), least=1e-4)
-    log_z = annealed_importance_sampling(p, temperatures, chains, base, progress=True).log_z
-    return {
-        "log_likelihood": log_prob(p, log_z, *_first_captions(rbm, held_back)).mean().item(),
-        "log_likelihood_training": log_prob(p, log_z, x, w).mean().item(),
-        "log_z": log_z,
-    }
 
 
 def show(path: Path, images, prob, words: list[str], queries: list[str], seed: int, across: int = 6):
@@ -154,4 +91,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

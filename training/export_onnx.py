@@ -1,11 +1,12 @@
 """ONNX: the vision encoder with the RBM, and the decoder's step, for ONNX Runtime and what reads its files.
 
-    python -m training.export_onnx --model checkpoints/blip-rbm-small --output_dir runs/onnx        # pip install 'blip-rbm[onnx]'
+    pip install 'blip-rbm[onnx]'
+    python -m training.export_onnx --model checkpoints/blip-rbm-small --output_dir runs/onnx
 
-`image.onnx`: pixel_values (B, 3, S, S) -> image_embeds (B, N, D), hidden_input (B, H), and of each decoder layer the image's keys and
-values (B, heads, N, head size). `decode.onnx`, by transformers' own exporter: token ids and caches -> logits and caches. Re-rank and
-guide are tensor arithmetic on hidden_input, and stay outside. The files are checked by captioning images greedily with ONNX Runtime
-alone: the tokens must be PyTorch's.
+`image.onnx`: pixel_values (B, 3, S, S) -> image_embeds (B, N, D), hidden_input (B, H), and of each decoder layer the
+image's keys and values (B, heads, N, head size). `decode.onnx`, by transformers' own exporter: token ids and caches ->
+logits and caches. Re-rank and guide are tensor arithmetic on hidden_input, and stay outside. The files are checked by
+captioning images greedily with ONNX Runtime alone: the tokens must be PyTorch's.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from training.lib.checkpoints import refuse_other_output
+from training.lib.stage import run_stage
 
 
 class ImageEncoder(torch.nn.Module):
@@ -30,14 +32,19 @@ class ImageEncoder(torch.nn.Module):
 
     def forward(self, pixel_values):
         encoding = self.model.encode_image(pixel_values)
-        layers = self.model.text_decoder.bert.encoder.layer
-        cross = [t for layer in layers for t in layer.crossattention.self.keys_and_values(encoding.image_embeds)]
+        attentions = [layer.crossattention.self for layer in self.model.text_decoder.bert.encoder.layer]
+        cross = [
+            product(encoding.image_embeds).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+            for attention in attentions
+            for product in (attention.key, attention.value)
+        ]
         return encoding.image_embeds, encoding.hidden_input, *cross
 
 
 @torch.no_grad()
 def export(model, output_dir: Path, pixel_values: torch.Tensor):
-    """Write `image.onnx` and `decode.onnx`. pixel_values (B, 3, S, S) with B > 1: a batch of one would be taken for a constant.
+    """Write `image.onnx` and `decode.onnx`. pixel_values (B, 3, S, S) with B > 1: a batch of one would be taken for a
+    constant.
 
     Raises:
         ImportError: if what exports is not installed.
@@ -125,4 +132,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,10 +1,12 @@
-"""Stage 2b: fit what the RBM's hidden causes say of phrases, in closed form, on the same cached features. Seconds, after `train_rbm`.
+"""Stage 2b: fit what the RBM's hidden causes say of phrases, in closed form, on the same cached features. Seconds,
+after `train_rbm`.
 
     python -m training.fit_phrases --model runs/rbm/best --dataset flickr8k --output_dir runs/phrases
 
 The mean CIDEr vector of an image's captions is regressed on P(h = 1 | x), ridge regression, the RBM as it is
-(`modeling_blip_rbm/phrases_blip_rbm.py`). Re-rank can then ask which CIDEr-D a candidate may expect; `training.tune_decoding` chooses its
-weight. `phrases.json` says how much of the vectors of held-back images is explained, and what their own captions may expect.
+(`modeling_blip_rbm/phrases_blip_rbm.py`). Re-rank can then ask which CIDEr-D a candidate may expect;
+`training.tune_decoding` chooses its weight. `phrases.json` says how much of the vectors of held-back images is
+explained, and what their own captions may expect.
 """
 
 import time
@@ -17,13 +19,13 @@ from scipy.sparse import csr_matrix
 from torch.nn.utils.rnn import pad_sequence
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.decoding_blip_rbm import ORDERS, ngram_numbers
-from modeling_blip_rbm.phrases_blip_rbm import PhraseBlock, length_factors
+from modeling_blip_rbm.phrases_blip_rbm import ORDERS, PhraseBlock, length_factors, ngram_numbers
 from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.captions import caption_tokens
 from training.lib.checkpoints import refuse_other_output, save_captioner, write_json
 from training.lib.data import split_held_back
 from training.lib.features import load_features
-from training.train_captioner import caption_tokens
+from training.lib.stage import run_stage
 
 
 @dataclass
@@ -49,8 +51,8 @@ def words_of(processor, captions: list[list[str]]) -> tuple[torch.Tensor, np.nda
 def choose_phrases(
     words: torch.Tensor, image: np.ndarray, pad: int, min_images: int, hidden_size: int, vocab_size: int
 ) -> PhraseBlock:
-    """A block of the n-grams of captions `words` (m, T) that the captions of enough images have, with their document frequencies; `image` (m,)
-    is whose each caption is.
+    """A block of the n-grams of captions `words` (m, T) that the captions of enough images have, with their document
+    frequencies; `image` (m,) is whose each caption is.
 
     Raises:
         ValueError: if there is none.
@@ -98,8 +100,8 @@ def fit(block: PhraseBlock, causes: list[torch.Tensor], targets: csr_matrix, rid
 def quality(
     block: PhraseBlock, causes: torch.Tensor, words: torch.Tensor, image: np.ndarray, pad: int
 ) -> dict[str, float]:
-    """Of images that were not fitted: the share of the vectors' variance that is explained (of the mean vector's error), and the
-    CIDEr-D that their own captions may expect and those of other images."""
+    """Of images that were not fitted: the share of the vectors' variance that is explained (of the mean vector's
+    error), and the CIDEr-D that their own captions may expect and those of other images."""
     targets = mean_vectors(block, words, image, pad).toarray()
     predicted = (block.bias + causes @ block.weight.T).numpy()
     error, usual = (((targets - guess) ** 2).sum() for guess in (predicted, targets.mean(0)))
@@ -136,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

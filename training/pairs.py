@@ -1,9 +1,10 @@
-"""Look at a data set as every stage reads it: `python -m training.pairs --dataset DATASET`."""
+"""Show a data set as every stage reads it: `python -m training.pairs --dataset DATASET`."""
 
-from training.lib.pairs import load_pairs, main, read_pairs
+from training.lib.pairs import PairStream, load_pairs, main, read_pairs, read_texts, unknown_token_message
+from training.lib.stage import run_stage
 
 
-__all__ = ["load_pairs", "read_pairs"]
+__all__ = ["PairStream", "load_pairs", "read_pairs", "read_texts", "unknown_token_message"]
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

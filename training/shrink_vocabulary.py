@@ -1,10 +1,12 @@
 """Leave out of a trained captioner the word-pieces that its training captions do not hold.
 
-    python -m training.shrink_vocabulary --model runs/captioner-tower/best --dataset flickr8k --output_dir runs/captioner-shrunk/best
+    python -m training.shrink_vocabulary --model runs/captioner-tower/best --dataset flickr8k \
+        --output_dir runs/captioner-shrunk
 
-A BERT vocabulary has 30,522 word-pieces, the captions of a small dataset a fifth of them; the rest were only trained never to be said. They
-cost a third of a small model's size, and with beams more than half of the time of decoding. Pieces of one character stay, so every
-text can still be read, in smaller pieces. Embeddings and output weights of the kept pieces do not change: captions stay the same.
+A BERT vocabulary has 30,522 word-pieces, the captions of a small dataset a fifth of them; the rest were only trained
+never to be said. They cost a third of a small model's size, and with beams more than half of the time of decoding.
+Pieces of one character stay, so every text can still be read, in smaller pieces. Embeddings and output weights of the
+kept pieces do not change: captions stay the same.
 """
 
 import json
@@ -17,10 +19,11 @@ from transformers import AutoTokenizer
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
 from training.lib.arguments import DataArguments, parse_arguments
-from training.lib.checkpoints import save_captioner, write_json
+from training.lib.captions import caption_tokens
+from training.lib.checkpoints import refuse_other_output, save_captioner, write_json
 from training.lib.data import split_held_back
 from training.lib.pairs import load_pairs
-from training.train_captioner import caption_tokens
+from training.lib.stage import run_stage
 
 
 @dataclass
@@ -94,6 +97,7 @@ def shrink_captioner(model, kept: list[int]):
 
 def main():
     data, args = parse_arguments(DataArguments, ShrinkArguments)
+    refuse_other_output(args.output_dir, "vocabulary.json")
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
@@ -107,11 +111,9 @@ def main():
     save_captioner(small, small_processor, args.output_dir)
     after = sum(p.numel() for p in small.parameters())
     tokens = len(processor.tokenizer)
-    write_json(
-        Path(args.output_dir).parent / "vocabulary.json", {"before": tokens, "after": len(kept), "said": len(said)}
-    )
+    write_json(Path(args.output_dir) / "vocabulary.json", {"before": tokens, "after": len(kept), "said": len(said)})
     print(f"{args.output_dir}: {tokens:,} -> {len(kept):,} word-pieces, {before:,} -> {after:,} parameters")
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,163 +1,44 @@
-"""Stage 1: train a captioner's decoder and projector on cached features of its frozen vision tower; then, if wanted, all.
+"""Stage 1: train a captioner's decoder and projector on cached features of its frozen vision tower; then, if wanted,
+the tower too.
 
     python -m training.train_captioner training/recipes/captioner-small.yaml --model runs/untrained \
         --dataset flickr8k --output_dir runs/captioner
 
-The Trainer's checkpoints are in `--output_dir`; a run that is stopped goes on from the last one when it is started
-again. What is kept, in `<output_dir>/best`, is the moving average of the weights at the epoch whose captions of the
-held-back training images had the highest CIDEr-D; in `<output_dir>/last` it is as at the end, in `<output_dir>/first` as at the
-first evaluation, when it does not know the training images by heart yet (`experiments/reranker/train_reranker.py`).
+`<output_dir>/best` is what to go on with: the moving average of the weights at the epoch whose captions of the
+held-back training images had the highest CIDEr-D. `last` is that average as it was at the end, `first` as it was at the
+first evaluation, when it does not know the training images by heart yet. The Trainer's checkpoints are in
+`<output_dir>` itself, and a stopped run goes on from the last one.
 
 With `--tower_learning_rate` the vision tower is trained as well, on a new random view of each image at every pass.
-
-With `--samples N` a trained captioner goes on by minimum-risk training: it samples N captions an image, and those with a
-higher CIDEr-D than the image's other samples become likelier (self-critical training, Rennie et al., CVPR 2017; the mean of
-the other samples as the baseline, Luo 2020, arXiv 2003.09971).
 """
 
 import copy
-import functools
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.modeling_blip_rbm import pool_tokens, vision_tokens
-from training.align import AlignedTokens, load_image_layer
-from training.evaluate_captions import caption_rows
+from modeling_blip_rbm.vision_blip_rbm import vision_tokens
+from training.lib.aligned import AlignedTokens, load_image_layer
 from training.lib.arguments import CaptionerArguments, DataArguments, parse_arguments
+from training.lib.captions import caption_rows, caption_tokens, unigram_bias
 from training.lib.checkpoints import peak_memory_mb, record_of_training, refuse_other_output, save_captioner, write_json
 from training.lib.data import fold_of, random_view, split_held_back
 from training.lib.features import load_features
 from training.lib.metrics import CiderD, corpus_diversity
+from training.lib.packed import LengthGrouped, PackedCaptioner, PackedCaptions, collate
 from training.lib.pairs import load_pairs
+from training.lib.stage import run_stage
 
 
-RBM_PARTS = ("refine", "adapter")  # of `--parts`, those that stand between tower and decoder
 EMA_FILE = "ema.safetensors"
-
-
-class PackedCaptioner(BlipRBMForConditionalGeneration):
-    """The captioner with the loss of *packed* captions: those of an image stand in one row, each seeing only itself.
-
-    So the image's keys and values are computed once an image, not once a caption; and the softmax is over the
-    word-pieces that occur in training (`active`), a fifth of the vocabulary, until `full_vocabulary` is set.
-    """
-
-    _auto_class = None  # its checkpoints are for resuming, not for users
-    accepts_loss_kwargs = True  # num_items_in_batch: the same loss however a batch is split over steps and processes
-    active = None  # (A,) token ids
-    full_vocabulary = False
-    label_smoothing = 0.0
-    image_token_dropout = 0.0
-    token_dropout = 0.0
-    mask_token_id = None
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.vision_model.eval()  # its batch normalisation keeps the statistics of its own training: 16 images are too few
-        return self
-
-    def forward(
-        self,
-        vision_hidden_states=None,
-        pixel_values=None,
-        input_ids=None,
-        position_ids=None,
-        segments=None,
-        labels=None,
-        weights=None,
-        num_items_in_batch=None,
-        **kwargs,
-    ):
-        """With `segments` (B, T) the packed loss: the mean over tokens of `weights` (B, T; default 1) * cross entropy.
-
-        Args:
-            num_items_in_batch: tokens over which the mean is, if they are more than are here (other processes and steps).
-        """
-        if segments is None:
-            return super().forward(
-                vision_hidden_states=vision_hidden_states,
-                pixel_values=pixel_values,
-                input_ids=input_ids,
-                position_ids=position_ids,
-                labels=labels,
-                **kwargs,
-            )
-        image_embeds = self.encode_image(pixel_values, vision_hidden_states).image_embeds
-        image_mask = None
-        if self.training and self.token_dropout:
-            hidden_words = (torch.rand(input_ids.shape) < self.token_dropout) & (position_ids > 0)
-            input_ids = input_ids.masked_fill(hidden_words, self.mask_token_id)
-        if self.training and self.image_token_dropout:
-            image_mask = (torch.rand(image_embeds.shape[:2]) >= self.image_token_dropout).long()
-        hidden = self.text_decoder.bert(
-            input_ids,
-            attention_mask=packed_mask(segments, image_embeds.dtype),
-            position_ids=position_ids,
-            encoder_hidden_states=image_embeds,
-            encoder_attention_mask=image_mask,
-            is_decoder=True,
-            use_cache=False,
-        ).last_hidden_state
-        counted = labels != -100
-        head = self.text_decoder.cls.predictions
-        hidden, targets = head.transform(hidden[counted]), labels[counted]
-        weight, bias = head.decoder.weight, head.decoder.bias
-        if not self.full_vocabulary:
-            weight, bias = weight[self.active], bias[self.active]
-            targets = torch.searchsorted(self.active, targets)
-        logits = F.linear(hidden, weight, bias)
-        losses = F.cross_entropy(
-            logits, targets, label_smoothing=self.label_smoothing if weights is None else 0.0, reduction="none"
-        )
-        if weights is not None:
-            losses = losses * weights[counted]
-        return {"loss": losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)}
-
-
-def packed_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, 1, T, T) to add to attention scores: a token sees itself and what precedes it in its segment (B, T)."""
-    length = segments.shape[1]
-    sees = segments[:, :, None] == segments[:, None, :]
-    sees = sees & torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
-
-
-class MLPAdapter(torch.nn.Module):
-    """Refine without an RBM, for comparison: the same shift and tokens by an MLP on the same pooled image, of about as many
-    parameters as `RBMLayer`'s shift and causes."""
-
-    def __init__(self, rbm_layer, width: int):
-        super().__init__()
-        self.rbm, self.pooling, self.cause_tokens = rbm_layer.rbm, rbm_layer.pooling, rbm_layer.cause_tokens
-        outputs = (1 + self.cause_tokens) * width
-        own = rbm_layer.rbm.hidden_size * outputs
-        bottleneck = max(1, round(own / (self.rbm.visible_size + outputs)))
-        self.mlp = torch.nn.Sequential(
-            torch.nn.Linear(self.rbm.visible_size, bottleneck, bias=False),
-            torch.nn.GELU(),
-            torch.nn.Linear(bottleneck, outputs, bias=False),
-        )
-        self.gate = torch.nn.Parameter(torch.zeros(1))
-
-    def hidden_input(self, tokens):  # here simply the standardised pooled image
-        return self.rbm.standardise(pool_tokens(tokens, self.pooling))
-
-    def refine(self, image_embeds, x):
-        shift, *tokens = (
-            (self.gate * self.mlp(x)).view(len(x), 1 + self.cause_tokens, -1).to(image_embeds.dtype).split(1, 1)
-        )
-        return torch.cat([image_embeds + shift, *(tokens if self.gate != 0 else [])], 1)
 
 
 def last_share(parameters: list[torch.nn.Parameter], share: float) -> list[torch.nn.Parameter]:
@@ -172,7 +53,8 @@ def last_share(parameters: list[torch.nn.Parameter], share: float) -> list[torch
 
 
 def add_lora(model, rank: int) -> list[torch.nn.Parameter]:
-    """Low-rank changes of the decoder's queries and values (Hu et al., ICLR 2022), all else frozen. `plain_model` merges them."""
+    """Low-rank changes of the decoder's queries and values (Hu et al., ICLR 2022), all else frozen. `plain_model`
+    merges them."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -185,24 +67,26 @@ def add_lora(model, rank: int) -> list[torch.nn.Parameter]:
 
 
 def trained_parts(model, captioner: CaptionerArguments) -> list[torch.nn.Parameter]:
-    """The parameters that are trained, all others frozen. Puts adapters in their places if they are asked for."""
+    """The parameters that `--parts` names, all others frozen."""
     if captioner.parts == "lora":
         return add_lora(model, captioner.lora_rank)
-    if captioner.parts == "adapter":
-        model.rbm_layer = MLPAdapter(model.rbm_layer, model.config.text_config.encoder_hidden_size)
     layer = model.rbm_layer
-    cross_attention = [block.crossattention for block in model.text_decoder.bert.encoder.layer]
-    modules = {
-        "captioner": (model.projector, model.text_decoder),
-        "cross_attention": (model.projector, *cross_attention),
-        "refine": (layer.shift, layer.causes if layer.cause_tokens else None) if captioner.parts == "refine" else (),
-        "adapter": (layer.mlp,) if captioner.parts == "adapter" else (),
-    }[captioner.parts]
+    if captioner.parts == "refine":
+        modules = [layer.shift, *([layer.causes] if layer.cause_tokens else [])]
+    elif captioner.parts == "cross_attention":
+        modules = [model.projector, *(block.crossattention for block in model.text_decoder.bert.encoder.layer)]
+    else:
+        modules = [model.projector, model.text_decoder]
     parameters = [p for module in modules if module is not None for p in module.parameters()]
-    if captioner.parts in RBM_PARTS:
+    if captioner.parts == "refine":
         parameters.append(layer.gate)
     elif captioner.tower_learning_rate:
         parameters += last_share(list(model.vision_model.parameters()), captioner.tower_share)
+    return train_only(model, parameters)
+
+
+def train_only(model, parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """These parameters, all others of the model frozen."""
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -247,64 +131,6 @@ class EncodedImages(dict):
 
     def batch(self, rows) -> torch.Tensor:
         return torch.stack([self[row] for row in rows])
-
-
-class PackedCaptions(torch.utils.data.Dataset):
-    """An image in a random view, and its captions packed in one row."""
-
-    def __init__(self, images, rows, captions: list[list[list[int]]]):
-        self.images, self.rows, self.captions = images, rows, captions  # captions: of each row, lists of token ids
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return {"index": index, **self.images.training_view(int(self.rows[index])), **packed(self.captions[index])}
-
-
-def packed(captions: list[list[int]]) -> dict[str, list[int]]:
-    """The token ids [DEC] w1 ... wn [SEP] of an image's captions as one row: what goes in and what comes out."""
-    return {
-        "input_ids": [token for caption in captions for token in caption[:-1]],
-        "labels": [token for caption in captions for token in caption[1:]],
-        "position_ids": [place for caption in captions for place in range(len(caption) - 1)],
-        "segments": [number for number, caption in enumerate(captions) for _ in caption[:-1]],
-    }
-
-
-PADS = {"input_ids": 0, "labels": -100, "position_ids": 0, "segments": -1, "weights": 0.0}
-
-
-def pad_rows(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Rows from `packed` (and `weights` of the same length) as tensors (B, T)."""
-    longest = max(len(row["labels"]) for row in rows)
-    return {
-        name: torch.tensor([row[name] + [PADS[name]] * (longest - len(row[name])) for row in rows])
-        for name in rows[0]
-        if name in PADS
-    }
-
-
-def collate(items):
-    image = "pixel_values" if "pixel_values" in items[0] else "vision_hidden_states"
-    return {
-        "index": torch.tensor([item["index"] for item in items]),
-        image: torch.stack([item[image] for item in items]),
-        **pad_rows(items),
-    }
-
-
-class LengthGrouped(LengthGroupedSampler):
-    """Rows of about the same length together, in an order that seed and epoch alone decide: the same in every process, and after a
-    stop."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths)
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int):
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 class CaptionTrainer(Trainer):
@@ -360,69 +186,9 @@ class CaptionTrainer(Trainer):
         return metrics
 
 
-def other_tokens(tokens: torch.Tensor, vocab_size: int) -> list[int]:
-    """All token ids but these, as `suppress_tokens` of `generate`."""
-    return sorted(set(range(vocab_size)) - set(tokens.tolist()))
-
-
-class MinimumRiskTrainer(CaptionTrainer):
-    """Trains on captions that the model samples, each weighted by how much better it is than the image's others.
-
-    Args:
-        references: of every training image, its captions as text.
-        samples: captions sampled an image.
-        reference_weight: weight of the usual loss on one of the image's own captions, which keeps the language.
-    """
-
-    def __init__(self, *args, references: list[list[str]], samples: int, reference_weight: float, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.scorer, self.samples, self.reference_weight = CiderD(references), samples, reference_weight
-        self.rewards = []  # since the last log
-        self.model_accepts_loss_kwargs = False  # the batch's own labels are not what is trained on
-
-    @functools.cached_property
-    def never_seen(self) -> list[int]:
-        return other_tokens(self.model.active, self.model.config.text_config.vocab_size)
-
-    @torch.no_grad()
-    def sample(self, model, features) -> list[list[list[int]]]:
-        """Token ids [DEC] w1 ... wn [SEP] of `samples` captions of each image."""
-        model.eval()
-        encoding = model.encode_image(vision_hidden_states=features, rbm=False)
-        start = torch.full((len(features) * self.samples, 1), model.decoder_input_ids)
-        sequences = model.generate(
-            encoding=encoding, input_ids=start, rbm=False, do_sample=True, num_beams=1, top_k=0,
-            max_new_tokens=self.generation["max_new_tokens"], suppress_tokens=self.never_seen,
-        )  # fmt: skip
-        model.train()
-        sep = self.processor.tokenizer.sep_token_id
-        ended = [row[: row.index(sep) + 1] if sep in row else row for row in sequences.tolist()]
-        return [ended[i : i + self.samples] for i in range(0, len(ended), self.samples)]
-
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        features = inputs["vision_hidden_states"]
-        rows = []
-        for index, captions in zip(inputs["index"].tolist(), self.sample(model, features)):
-            texts = self.processor.captions([torch.tensor(caption) for caption in captions])
-            reward = torch.tensor([self.scorer.score(index, text) for text in texts])
-            others = (reward.sum() - reward) / (self.samples - 1)
-            self.rewards.append(reward.mean().item())
-            own = self.train_dataset.captions[index]
-            captions.append(own[int(torch.randint(len(own), ()))])
-            value = [*(reward - others).tolist(), self.reference_weight]
-            weights = [v for caption, v in zip(captions, value) for _ in caption[:-1]]
-            rows.append(packed(captions) | {"weights": weights})
-        return model(vision_hidden_states=features, **pad_rows(rows))["loss"]
-
-    def log(self, logs, *args, **kwargs):
-        if self.rewards and "loss" in logs:
-            logs["sampled_cider"] = 100 * sum(self.rewards) / len(self.rewards)
-            self.rewards = []
-        super().log(logs, *args, **kwargs)
-
-
 def moving_average(decay: float):
-    """For `AveragedModel`: an average over few steps at first, so that it does not lag behind; over 1 / (1 - decay) later."""
+    """For `AveragedModel`: an average over few steps at first, so that it does not lag behind; over 1 / (1 - decay)
+    later."""
 
     def update(averages, currents, steps):
         now = min(decay, (1 + float(steps)) / (10 + float(steps)))
@@ -470,26 +236,22 @@ def plain_model(model):
     return model
 
 
-def caption_tokens(processor, captions: list[str], max_length: int = 40) -> list[list[int]]:
-    """Token ids [DEC] w1 ... wn [SEP] of captions, without the final full stop that only some of them have."""
-    texts = [" ".join(caption.strip().rstrip(".").split()) for caption in captions]
-    encoded = processor.encode_text(texts, as_prompt=False, max_length=max_length)
-    return [row[mask.bool()].tolist() for row, mask in zip(encoded["input_ids"], encoded["attention_mask"])]
-
-
-def unigram_bias(token_ids: list[int], vocab_size: int, least: float = 0.01) -> torch.Tensor:
-    """(vocab_size,) log frequency of each token as the next one; rarer ones as if seen `least` times."""
-    counts = torch.bincount(torch.tensor(token_ids), minlength=vocab_size).float().clamp(min=least)
-    return (counts / counts.sum()).log()
-
-
-def load_captioner(captioner: CaptionerArguments) -> PackedCaptioner:
-    """The model to go on from; to train refine or its like, with as many cause tokens as asked for."""
-    if captioner.parts not in RBM_PARTS:
-        return PackedCaptioner.from_pretrained(captioner.model)
+def load_captioner(captioner: CaptionerArguments, processor) -> PackedCaptioner:
+    """The model to go on from, with the dropout and the losses' settings; for refine with as many cause tokens as asked
+    for."""
     config = BlipRBMConfig.from_pretrained(captioner.model)
-    config.rbm_cause_tokens = captioner.cause_tokens
-    return PackedCaptioner.from_pretrained(captioner.model, config=config)
+    if captioner.parts == "refine":
+        config.rbm_cause_tokens = captioner.cause_tokens
+    model = PackedCaptioner.from_pretrained(captioner.model, config=config)
+    for name, module in model.text_decoder.named_modules():
+        if isinstance(module, torch.nn.Dropout):  # not of attention weights: it cost a fifth of the time
+            module.p = 0.0 if name.endswith("self.dropout") else captioner.dropout
+    model.generation_config.max_length = None  # max_new_tokens takes its place
+    model.label_smoothing, model.image_token_dropout = captioner.label_smoothing, captioner.image_token_dropout
+    model.token_dropout, model.mask_token_id = captioner.token_dropout, processor.tokenizer.mask_token_id
+    if captioner.tower_learning_rate:
+        model.vision_model.to(memory_format=torch.channels_last)  # convolutions up to 1.8 times as fast
+    return model
 
 
 def refuse_impossible(captioner: CaptionerArguments, args: TrainingArguments):
@@ -502,16 +264,13 @@ def refuse_impossible(captioner: CaptionerArguments, args: TrainingArguments):
         raise ValueError(
             "--eval_strategy is no, but what is kept is the best of the evaluations: choose epoch, or steps with --eval_steps"
         )
-    if captioner.samples and captioner.tower_learning_rate:
-        raise ValueError(
-            "--samples and --tower_learning_rate exclude each other: captions are sampled from cached features"
-        )
     if captioner.aligned and captioner.tower_learning_rate:
         raise ValueError("--aligned and --tower_learning_rate exclude each other: the layer is put on cached tokens")
 
 
 def load_images(model, processor, data: DataArguments, captioner: CaptionerArguments, args: TrainingArguments):
-    """The pairs, and their images as what is trained sees them: pixels if the tower is trained, else what it makes of them."""
+    """The pairs, and their images as what is trained sees them: pixels if the tower is trained, else what it makes of
+    them."""
     if captioner.tower_learning_rate:
         dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
         return dataset, Images(dataset, processor.image_processor)
@@ -543,32 +302,41 @@ def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerA
     print(f"{output_dir}/best: epoch {best['epoch']:.0f}, held-back CIDEr-D {best['eval_cider']:.1f}")
 
 
-def main():
-    data, captioner, args = parse_arguments(DataArguments, CaptionerArguments, TrainingArguments)
+def training_captions(data: DataArguments, captioner: CaptionerArguments, dataset, images, processor):
+    """The captions to train on, and (images, rows, references) of the held-back ones."""
+    train_rows, held_rows = split_held_back(dataset, data.held_back)
+    if captioner.folds > 1:
+        train_rows = train_rows[fold_of(dataset["image_id"], captioner.folds)[train_rows] != captioner.fold]
+    captions = dataset["captions"][:]
+    texts = [captions[i] for i in train_rows]
+    tokens = [caption_tokens(processor, of_image) for of_image in texts]
+    held_back = images, held_rows, [captions[i] for i in held_rows]
+    return PackedCaptions(images, train_rows, tokens, texts), held_back
+
+
+def train_captioner(
+    data: DataArguments, captioner: CaptionerArguments, args: TrainingArguments, trainer_class=None, choose_parts=None
+) -> None:
+    """The stage, from its arguments to `captioner.json`.
+
+    Args:
+        trainer_class: in place of [`CaptionTrainer`], with the same arguments.
+        choose_parts: in place of [`trained_parts`].
+
+    Raises:
+        ValueError: for settings that cannot be, or an output folder that holds something else.
+    """
     refuse_other_output(args.output_dir, "captioner.json", "checkpoint-*", "best", "pairs.json")
     refuse_impossible(captioner, args)
     args.remove_unused_columns = False
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(captioner.model)
-    model = load_captioner(captioner)
-    for name, module in model.text_decoder.named_modules():
-        if isinstance(module, torch.nn.Dropout):  # not of attention weights: it cost a fifth of the time
-            module.p = 0.0 if name.endswith("self.dropout") else captioner.dropout
-    model.generation_config.max_length = None  # max_new_tokens takes its place
-    model.label_smoothing, model.image_token_dropout = captioner.label_smoothing, captioner.image_token_dropout
-    model.token_dropout, model.mask_token_id = captioner.token_dropout, processor.tokenizer.mask_token_id
-    trained = trained_parts(model, captioner)
+    model = load_captioner(captioner, processor)
+    trained = (choose_parts or trained_parts)(model, captioner)
     print(f"training {captioner.parts}: {sum(p.numel() for p in trained):,} parameters")
-    if captioner.tower_learning_rate:
-        model.vision_model.to(memory_format=torch.channels_last)  # convolutions up to 1.8 times as fast
-
     dataset, images = load_images(model, processor, data, captioner, args)
-    train_rows, held_rows = split_held_back(dataset, data.held_back)
-    if captioner.folds > 1:
-        train_rows = train_rows[fold_of(dataset["image_id"], captioner.folds)[train_rows] != captioner.fold]
-    captions = dataset["captions"][:]
-    tokens = [caption_tokens(processor, captions[i]) for i in train_rows]
-    seen = [token for of_image in tokens for caption in of_image for token in caption[1:]]
+    train_set, held_back = training_captions(data, captioner, dataset, images, processor)
+    seen = [token for of_image in train_set.captions for caption in of_image for token in caption[1:]]
     model.active = torch.tensor(sorted(set(seen)))
     last_checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if captioner.unigram_bias and last_checkpoint is None:
@@ -579,17 +347,14 @@ def main():
     average = AverageWeights(model, ema, captioner.full_vocabulary_share)
     if last_checkpoint is not None:
         average.resume(last_checkpoint)
-    train_captions = [captions[i] for i in train_rows]
-    risk = {"references": train_captions, "samples": captioner.samples, "reference_weight": captioner.reference_weight}
-    trainer = (MinimumRiskTrainer if captioner.samples else CaptionTrainer)(
-        **(risk if captioner.samples else {}),
+    trainer = (trainer_class or CaptionTrainer)(
         model=model,
         args=args,
-        train_dataset=PackedCaptions(images, train_rows, tokens),
+        train_dataset=train_set,
         eval_dataset=[],
         data_collator=collate,
         callbacks=[average],
-        held_back=(images, held_rows, [captions[i] for i in held_rows]),
+        held_back=held_back,
         ema=ema,
         processor=processor,
         eval_beams=captioner.eval_beams,
@@ -605,5 +370,9 @@ def main():
     trainer.accelerator.end_training()
 
 
+def main():
+    train_captioner(*parse_arguments(DataArguments, CaptionerArguments, TrainingArguments))
+
+
 if __name__ == "__main__":
-    main()
+    run_stage(main)

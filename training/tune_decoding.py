@@ -4,14 +4,17 @@
 
 Every number here is of held-back *training* images; no validation image is looked at. In this order:
 
-1. plain BLIP: how much of the words' log frequency is taken off the output bias (logit adjustment, Menon et al., ICLR 2021,
+1. plain BLIP: how much of the words' log frequency is taken off the output bias (logit adjustment, Menon et al., ICLR
+2021,
    arXiv 2007.07314), the repetition penalty and beam search's length penalty. Of the settings whose CIDEr-D is within
-   `tolerance` of the best, and BLEU-4 within `bleu_tolerance`, the one with the largest vocabulary: variety where it costs
-   little. They become part of plain BLIP, the baseline.
-2. guide and re-rank together: for every weight of guide the candidates that it gives, and a grid over the weights of the parts of
-   each candidate's score. One is chosen as for plain BLIP, with `rerank_tolerance`; or with `rerank_vocabulary` the weights that are
-   best on average over the guides get more and more weight on rare words until the vocabulary is so many times plain BLIP's. One
-   weight is moved for it, as of thousands of settings the one with the largest vocabulary owes it to these images.
+   `tolerance` of the best, and BLEU-4 within `bleu_tolerance`, the one with the largest vocabulary: variety where it
+   costs little. They become part of plain BLIP, the baseline.
+2. guide and re-rank together: for every weight of guide the candidates that it gives, and a grid over the weights of
+the parts of
+   each candidate's score. One is chosen as for plain BLIP, with `rerank_tolerance`; or with `rerank_vocabulary` the
+   weights that are best on average over the guides get more and more weight on rare words until the vocabulary is so
+   many times plain BLIP's. One weight is moved for it, as of thousands of settings the one with the largest vocabulary
+   owes it to these images.
 """
 
 import itertools
@@ -23,16 +26,16 @@ import numpy as np
 import torch
 from sklearn.feature_extraction.text import CountVectorizer
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.decoding_blip_rbm import SIMILARITIES
-from training.evaluate_captions import candidate_parts, caption_rows, chosen_by_rerank
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor, DecodingSettings
+from modeling_blip_rbm.configuration_blip_rbm import SIMILARITIES
 from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.captions import candidate_parts, caption_rows, caption_tokens, chosen_by_rerank, unigram_bias
 from training.lib.checkpoints import refuse_other_output, save_captioner, write_json
 from training.lib.data import split_held_back
 from training.lib.features import cache_features
 from training.lib.metrics import CiderD, bleu, corpus_diversity, tokenize
 from training.lib.pairs import load_pairs
-from training.train_captioner import caption_tokens, unigram_bias
+from training.lib.stage import run_stage
 
 
 @dataclass
@@ -95,7 +98,8 @@ class Choices:
     """What re-rank would choose among the candidates of some images.
 
     Args:
-        captions, parts, cider: text, parts of the score and sentence CIDEr-D of each candidate, (images, n) all of them.
+        captions, parts, cider: text, parts of the score and sentence CIDEr-D of each candidate, (images, n) all of
+            them.
     """
 
     def __init__(self, captions: list[list[str]], parts: dict[str, np.ndarray], cider: np.ndarray):
@@ -106,7 +110,7 @@ class Choices:
     def outcome(self, weights: dict) -> dict:
         """The weights with mean CIDEr-D and vocabulary of what they choose."""
         images, n = self.cider.shape
-        chosen = np.arange(images) * n + chosen_by_rerank(self.parts, weights)
+        chosen = np.arange(images) * n + chosen_by_rerank(self.parts, DecodingSettings(**weights))
         vocabulary = int((self.said[chosen].sum(0) > 0).sum())
         return weights | {"cider": 100 * self.cider.flat[chosen].mean(), "vocabulary": vocabulary}
 
@@ -151,8 +155,8 @@ class HeldBack:
 
 
 def most_varied(entries: list[dict], tolerance: float, bleu_tolerance: float | None = None) -> dict:
-    """Of the entries within `tolerance` of the best CIDEr-D and `bleu_tolerance` of the best BLEU-4, the one with the largest
-    vocabulary; the one with the best CIDEr-D if none is."""
+    """Of the entries within `tolerance` of the best CIDEr-D and `bleu_tolerance` of the best BLEU-4, the one with the
+    largest vocabulary; the one with the best CIDEr-D if none is."""
     tolerances = {"cider": tolerance} if bleu_tolerance is None else {"cider": tolerance, "bleu_4": bleu_tolerance}
     least = {name: max(entry[name] for entry in entries) - within for name, within in tolerances.items()}
     good = [entry for entry in entries if all(entry[name] >= value for name, value in least.items())]
@@ -162,13 +166,14 @@ def most_varied(entries: list[dict], tolerance: float, bleu_tolerance: float | N
 
 
 def best_on_average(outcomes: list[list[dict]]) -> dict:
-    """Of the outcomes of one grid, for each of several guides, the weights with the best mean CIDEr-D over the guides."""
+    """Of the outcomes of one grid, for each of several guides, the weights with the best mean CIDEr-D over the
+    guides."""
     return max(zip(*outcomes), key=lambda of_weights: sum(outcome["cider"] for outcome in of_weights))[0]
 
 
 def best_of_varied(series: list[list[dict]], vocabulary: float) -> dict:
-    """Of each series of outcomes the first with so large a vocabulary; of these the one with the best CIDEr-D. If there is none, the one
-    with the largest vocabulary."""
+    """Of each series of outcomes the first with so large a vocabulary; of these the one with the best CIDEr-D. If there
+    is none, the one with the largest vocabulary."""
     enough = ([o for o in outcomes if o["vocabulary"] >= vocabulary] for outcomes in series)
     reached = [outcomes[0] for outcomes in enough if outcomes]
     if reached:
@@ -210,7 +215,7 @@ def tune_guide_and_rerank(model, held_back: HeldBack, plain_vocabulary: int, arg
             continue  # the same: nothing grows
         guides.append(dict(zip(GUIDE, guidance)))
         for name, value in guides[-1].items():
-            setattr(model.config, name, value)
+            setattr(model.generation_config, name, value)
         outputs, parts = candidate_parts(model, held_back.processor, held_back.store, held_back.rows, args.candidates)
         cider = np.array([[held_back.scorer.score(i, text) for text in of] for i, of in enumerate(outputs)])
         choices.append(Choices(outputs, parts, cider))
@@ -253,7 +258,8 @@ def main():
     model.generation_config.max_length = None  # max_new_tokens takes its place
     model.generation_config.num_beams, model.generation_config.max_new_tokens = args.num_beams, args.max_new_tokens
     held_back = HeldBack(processor, store, range(len(rows)), [captions[row] for row in rows])
-    config.rbm_guidance_order, config.rbm_rerank_candidates = args.order, args.candidates
+    decoding = model.generation_config
+    decoding.rbm_guidance_order, decoding.rbm_rerank_candidates = args.order, args.candidates
 
     plain = tune_plain(model, held_back, log_frequency, args)
     chosen_plain = most_varied(plain, args.tolerance, args.bleu_tolerance)
@@ -261,7 +267,7 @@ def main():
     print(json.dumps(rerank, indent=1))
     settings = {name: value for name, value in rerank["chosen"].items() if name.startswith("rbm_")}
     for name, value in {"rbm_rerank": True, **settings}.items():
-        setattr(config, name, value)
+        setattr(decoding, name, value)
     guide = held_back.measure(model, rbm_rerank=False)
     save_captioner(model, processor, args.output_dir, half=args.half)
     report = {
@@ -275,4 +281,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

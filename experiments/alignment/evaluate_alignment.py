@@ -1,12 +1,19 @@
 """How well trained similarities align images and sentences of a split that they have not seen.
 
-    python -m experiments.alignment.evaluate_alignment --runs runs/align-probe runs/align-sail runs/align-rbm --dataset flickr8k \
-        --output runs/alignment.json                      # retrieval and zero-shot classification of each, and of all together
-    python -m experiments.alignment.evaluate_alignment --study --vision A B@6,12 --text TEXT --dataset flickr8k --output runs/study.json
+Retrieval and zero-shot classification of each run, and of all together:
 
-The study asks what SAIL asks of frozen encoders (arXiv 2412.04616): is it how their classes cluster (nearest neighbours), or how they
-separate linearly, that tells how well they align? Each encoder or layer is probed with linear layers. Classes come from the captions:
-an image belongs to one of `--classes` if most of its captions name it and none of them another.
+    python -m experiments.alignment.evaluate_alignment --runs runs/align-probe runs/align-sail runs/align-rbm \
+        --dataset flickr8k --output runs/alignment.json
+
+The study of encoders:
+
+    python -m experiments.alignment.evaluate_alignment --study --vision A B@6,12 --text TEXT --dataset flickr8k \
+        --output runs/study.json
+
+The study asks what SAIL asks of frozen encoders (arXiv 2412.04616): is it how their classes cluster (nearest
+neighbours), or how they separate linearly, that tells how well they align? Each encoder or layer is probed with linear
+layers. Classes come from the captions: an image belongs to one of `--classes` if most of its captions name it and none
+of them another.
 """
 
 import argparse
@@ -29,13 +36,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
-from training.align import AlignArguments, Projection, embed, load_data, load_encoders, new_aligner, train
+from training.align import AlignArguments, embed, load_data, load_encoders, new_aligner, train
+from training.lib.aligned import Projection
 from training.lib.checkpoints import write_json
 from training.lib.data import split_held_back
 from training.lib.distributed import new_accelerator
 from training.lib.metrics import tokenize
 from training.lib.pairs import load_pairs
 from training.lib.retrieval import recalls
+from training.lib.stage import run_stage
 from training.report import retrieval_table
 
 
@@ -71,7 +80,8 @@ def settings_of(run: str, args) -> tuple[AlignArguments, dict]:
 
 
 def runs_of(runs: list[str], args):
-    """Of each run: its folder, settings, report, encoders, and what loads a split's data and captions as the run sees them."""
+    """Of each run: its folder, settings, report, encoders, and what loads a split's data and captions as the run sees
+    them."""
     encoders = {}
     for run in tqdm(runs, desc="runs"):
         settings, report = settings_of(run, args)
@@ -143,7 +153,8 @@ def clustering(train_x, train_y, x, y, neighbours: int = 10) -> dict[str, float]
 
 
 def study(args) -> dict:
-    """Of each encoder or layer, and of all side by side: how its classes cluster, how they separate, and how well a linear probe aligns it."""
+    """Of each encoder or layer, and of all side by side: how its classes cluster, how they separate, and how well a
+    linear probe aligns it."""
     settings = AlignArguments(
         vision=args.vision, text=args.text, dataset=args.dataset, output_dir="", kind="probe", cache_dir=args.cache_dir,
         epochs=args.epochs, batch_size=256, eval_every=args.epochs, seed=args.seed, held_back=args.held_back, max_images=args.max_images,
@@ -240,4 +251,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,11 +1,13 @@
 """Several captions of one image: quality against diversity, by sampled hidden causes and by the usual ways.
 
-    python -m experiments.diversity.evaluate_diversity --model checkpoints/blip-rbm-small --dataset flickr8k --output runs/diversity.json
+    python -m experiments.diversity.evaluate_diversity --model checkpoints/blip-rbm-small --dataset flickr8k \
+        --output runs/diversity.json
 
-Diverse beam search (Vijayakumar et al., AAAI 2018) stands here with groups of one beam each: transformers 5 has left it to the Hub.
+Diverse beam search (Vijayakumar et al., AAAI 2018) stands here with groups of one beam each: transformers 5 has left it
+to the Hub.
 
-For every way and every one of its settings: CIDEr-D of an image's captions (mean, and best of them), Div-2 and mBLEU-4 among
-them. A curve that lies above another is better at the same diversity; the picture beside `--output` shows them.
+For every way and every one of its settings: CIDEr-D of an image's captions (mean, and best of them), Div-2 and mBLEU-4
+among them. A curve that lies above another is better at the same diversity; the picture beside `--output` shows them.
 """
 
 import json
@@ -19,12 +21,13 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, set_seed
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from training.evaluate_captions import caption_rows
 from training.lib.arguments import MeasureArguments, parse_arguments
+from training.lib.captions import caption_rows
 from training.lib.checkpoints import write_json
 from training.lib.features import cache_features
 from training.lib.metrics import CiderD, set_diversity
 from training.lib.pairs import load_pairs
+from training.lib.stage import run_stage
 
 
 matplotlib.use("Agg")
@@ -47,8 +50,8 @@ class DiversityArguments(MeasureArguments):
 
 
 class HammingDiversity(LogitsProcessor):
-    """Diverse beam search with groups of one beam: of an image's n captions, written side by side, each loses `penalty` nats on a
-    token for every one before it that says the same token at the same place.
+    """Diverse beam search with groups of one beam: of an image's n captions, written side by side, each loses `penalty`
+    nats on a token for every one before it that says the same token at the same place.
 
     Args:
         n: captions of an image; the rows of the scores must be a multiple of it, an image's rows adjacent.
@@ -141,4 +144,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,11 +1,13 @@
-"""What CapFilt gives a captioner: trained on noisy pairs, on those that the filter keeps, and with synthetic captions in place of the others.
+"""What CapFilt gives a captioner: trained on noisy pairs, on those that the filter keeps, and with synthetic captions
+in place of the others.
 
-    python -m experiments.noise.noise --dataset flickr8k --vision EfficientNet-lite2 --output experiments/noise/noise.json
+    python -m experiments.noise.noise --dataset flickr8k --vision EfficientNet-lite2 \
+        --output experiments/noise/noise.json
 
-Captions are exchanged between the training images (30 and 60 % of them). Nothing that knows the right pairs takes part: the vision tower
-never saw a caption, the way from image to words is trained anew on the pairs in question, and synthetic captions are written by the captioner
-of the noisy pairs. Only the decoder's language comes from `--decoder`, the same for all. CIDEr-D on the validation split, 3 beams.
-A part that is in `--work` already is not done again.
+Captions are exchanged between the training images (30 and 60 % of them). Nothing that knows the right pairs takes part:
+the vision tower never saw a caption, the way from image to words is trained anew on the pairs in question, and
+synthetic captions are written by the captioner of the noisy pairs. Only the decoder's language comes from `--decoder`,
+the same for all. CIDEr-D on the validation split, 3 beams. A part that is in `--work` already is not done again.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import sys
 from pathlib import Path
 
 from training.lib.checkpoints import write_json
+from training.lib.stage import run_stage
 
 
 KINDS = ("noisy", "filtered", "filtered + synthetic")
@@ -89,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

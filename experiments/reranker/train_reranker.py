@@ -1,16 +1,18 @@
 """Stage 3: fit the RBM's energy to captions that a captioner writes itself, so that re-rank chooses the better ones.
 
-    python -m experiments.reranker.train_reranker experiments/reranker/reranker-small.yaml --model runs/rbm/best --writer runs/fold-0/best runs/fold-1/best \
+    python -m experiments.reranker.train_reranker experiments/reranker/reranker-small.yaml --model runs/rbm/best \
+        --writer runs/fold-0/best runs/fold-1/best \
         --dataset flickr8k --output_dir runs/reranker
 
-A `writer` samples candidates for training images, each with its sentence CIDEr-D. A candidate's score is that of re-rank
-(log P per token, PMI, consensus, and their weights, which are learned along); the loss is minus the expected CIDEr-D under the
-softmax of the scores over an image's candidates (listwise, as ListNet, Cao et al. 2007; an energy trained on a metric, Bhattacharyya
-et al., EACL 2021), beside the losses that the RBM was trained with.
+A `writer` samples candidates for training images, each with its sentence CIDEr-D. A candidate's score is that of
+re-rank (log P per token, PMI, consensus, and their weights, which are learned along); the loss is minus the expected
+CIDEr-D under the softmax of the scores over an image's candidates (listwise, as ListNet, Cao et al. 2007; an energy
+trained on a metric, Bhattacharyya et al., EACL 2021), beside the losses that the RBM was trained with.
 
-A writer that knows the training images by heart makes none of the faults there that it makes on new images. So there may be several, each
-trained without a part of the images (`train_captioner --folds 2 --fold 0`, `--fold 1`), for which it then writes: cross-fitting. Writer number k
-of n must be the one without fold k. `reranker.json` says how good the samples are on training and on held-back images.
+A writer that knows the training images by heart makes none of the faults there that it makes on new images. So there
+may be several, each trained without a part of the images (`train_captioner --folds 2 --fold 0`, `--fold 1`), for which
+it then writes: cross-fitting. Writer number k of n must be the one without fold k. `reranker.json` says how good the
+samples are on training and on held-back images.
 """
 
 import json
@@ -24,17 +26,19 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.decoding_blip_rbm import caption_similarity, consensus, word_columns, words_said
+from modeling_blip_rbm.generation_blip_rbm import caption_similarity, consensus, word_columns, words_said
 from modeling_blip_rbm.rbm import hidden_input, pointwise_mutual_information
-from training.evaluate_rbm import evaluate_rbm
 from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.captions import caption_tokens, other_tokens
 from training.lib.checkpoints import record_of_training, refuse_other_output, save_captioner, write_json
 from training.lib.data import caption_words, fold_of, split_held_back
 from training.lib.distributed import new_accelerator
 from training.lib.features import load_features
 from training.lib.metrics import CiderD
-from training.train_captioner import caption_tokens, other_tokens
-from training.train_rbm import PooledPairs, RBMArguments, RBMObjective, prepared, train_epoch
+from training.lib.rbm_evaluation import evaluate_rbm
+from training.lib.rbm_objective import PooledPairs, RBMArguments, RBMObjective
+from training.lib.rbm_training import prepared, train_epoch
+from training.lib.stage import run_stage
 
 
 FASTER = 30  # times the learning rate, of the weights of a score's parts
@@ -81,12 +85,13 @@ def write_candidates(writer, processor, store, rows, active, args: RerankerArgum
         special = (text.pad_token_id, text.sep_token_id, text.bos_token_id)
         parts["sequences"].append(sequences)
         parts["log_prob"].append((log_prob / length.clamp(min=1)).view(-1, n))
-        parts["consensus"].append(consensus(caption_similarity(sequences, "cosine", special)))
+        parts["consensus"].append(consensus(caption_similarity(sequences, "jaccard", special)))
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def refuse_other_fold(writer: str, fold: int, folds: int):
-    """ValueError if the record of a writer's training says that it was trained on the images for which it is to write."""
+    """ValueError if the record of a writer's training says that it was trained on the images for which it is to
+    write."""
     trained = (record_of_training(writer) or {}).get("captioner", {})
     if folds > 1 and (found := (trained.get("fold"), trained.get("folds"))) not in ((None, None), (fold, folds)):
         raise ValueError(
@@ -248,4 +253,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -1,20 +1,24 @@
-"""Retrieval in two steps, as BLIP retrieves: similarities of embeddings first, then the best few again with the decoder.
+"""Retrieval in two steps, as BLIP retrieves: similarities of embeddings first, then the best few again with the
+decoder.
 
     python -m experiments.retrieval.rerank_retrieval --runs runs/align/probe runs/align/sail runs/align/rbm \
-        --captioners checkpoints/blip-rbm-small runs/second-captioner/best --dataset flickr8k --output experiments/retrieval/retrieval.json
+        --captioners checkpoints/blip-rbm-small runs/second-captioner/best --dataset flickr8k \
+        --output experiments/retrieval/retrieval.json
 
 The similarity is the mean of what the runs of `training.align` give, standardised. Two things are added to it:
 
-- **hubs**: some captions are like most images, and some images like most captions. How alike each is to the bank of *training* captions or
-  images is taken off (querybank normalisation, Bogolin et al., CVPR 2022; the inverted softmax of Smith et al., ICLR 2017). Of the
-  other queries of the evaluated split nothing is used but the mean and the spread by which similarities are standardised.
-- **likelihood**: where BLIP looks at the best candidates again with its matching head, here captioners say log P(caption | image), less
-  what they say of the caption for the training images most like it, so that every word is compared with the regions of the image. The
-  first captioner is asked of the best 32, say, and the next of those that are then the best 24.
+- **hubs**: some captions are like most images, and some images like most captions. How alike each is to the bank of
+  *training* captions or images is taken off (querybank normalisation, Bogolin et al., CVPR 2022; the inverted softmax
+  of Smith et al., ICLR 2017). Of the other queries of the evaluated split nothing is used but the mean and the spread
+  by which similarities are standardised.
+- **likelihood**: where BLIP looks at the best candidates again with its matching head, here captioners say log
+  P(caption | image), less what they say of the caption for the training images most like it, so that every word is
+  compared with the regions of the image. The first captioner is asked of the best 32, say, and the next of those that
+  are then the best 24.
 
-Their weights are chosen on training images that were held back from both, and applied to the split, which may be embedded by runs that were
-trained on all images (`--final_runs`). Several processes (`accelerate launch`) share the images; likelihoods are kept beside the features
-and not asked for again.
+Their weights are chosen on training images that were held back from both, and applied to the split, which may be
+embedded by runs that were trained on all images (`--final_runs`). Several processes (`accelerate launch`) share the
+images; likelihoods are kept beside the features and not asked for again.
 """
 
 import argparse
@@ -34,7 +38,6 @@ from tqdm.auto import tqdm
 
 from experiments.alignment.evaluate_alignment import runs_of, settings_of, trained_aligner
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.linear_blip_rbm import packed_linears
 from training.align import embed, sum_of_recalls
 from training.lib.arguments import bf16_is_fast
 from training.lib.checkpoints import write_array, write_json
@@ -43,6 +46,7 @@ from training.lib.distributed import new_accelerator
 from training.lib.features import cache_features, tower_fingerprint
 from training.lib.pairs import load_pairs
 from training.lib.retrieval import recalls, without_hubs
+from training.lib.stage import run_stage
 from training.report import retrieval_table
 
 
@@ -58,9 +62,12 @@ class Gallery:
     """Images and captions of which each is to find the others, beside a bank of training images and captions.
 
     Attributes:
-        similarity (n, m) of n images and m captions, owner (m,) the image of each caption; bank_images (r, m) and bank_captions (n, s): the
-        same of the bank's images and these captions, and of these images and the bank's captions. gains: of each captioner (n, m), how
-        much likelier a caption is for the image than for the training images most like it, nats; NaN where it was not asked.
+        similarity (n, m) of n images and m captions, owner (m,) the image of each caption; bank_images (r, m) and
+            bank_captions (n, s): the
+        same of the bank's images and these captions, and of these images and the bank's captions. gains: of each
+            captioner (n, m), how
+        much likelier a caption is for the image than for the training images most like it, nats; NaN where it was not
+            asked.
     """
 
     def __init__(self, dataset, rows):
@@ -102,8 +109,8 @@ class Gallery:
 
 @torch.no_grad()
 def gallery_of(args, runs: list[str], accelerator, split: Optional[str] = None) -> tuple[Gallery, np.ndarray]:
-    """The images of `split`, or (None) the training images that these runs held back, as they see them; and the rows of the bank: the training
-    images that they were trained on, in random order.
+    """The images of `split`, or (None) the training images that these runs held back, as they see them; and the rows of
+    the bank: the training images that they were trained on, in random order.
 
     Raises:
         ValueError: if the runs held back different images, or none where such are asked for.
@@ -135,7 +142,8 @@ class Likelihoods:
     """log P(caption | image) by a captioner, of images by their cached features.
 
     Args:
-        dtype: in which the decoder computes: "float32", "bfloat16", or "auto": bf16 where the first process finds it faster.
+        dtype: in which the decoder computes: "float32", "bfloat16", or "auto": bf16 where the processor is faster in
+            it.
     """
 
     def __init__(self, captioner: str, cache_dir: str, batch_size: int = 64, dtype: str = "auto"):
@@ -143,9 +151,9 @@ class Likelihoods:
         self.tower = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32).vision_model.eval()
         self.processes = PartialState()
         if dtype == "auto":
-            # a measurement, which may come out differently in two processes: all are to give likelihoods of one kind
-            dtype = "bfloat16" if broadcast(torch.tensor(bf16_is_fast())) else "float32"
+            dtype = "bfloat16" if bf16_is_fast() else "float32"
         self.model = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=getattr(torch, dtype)).eval()
+        self.model.optimize_for_inference()
         self.processor = BlipRBMProcessor.from_pretrained(captioner)
         self.cache_dir, self.batch_size = cache_dir, batch_size
 
@@ -159,7 +167,8 @@ class Likelihoods:
 
     @torch.no_grad()
     def of_pairs(self, store, rows, token_ids: list[torch.Tensor], chosen: torch.Tensor, desc: str) -> torch.Tensor:
-        """(n, m) of the pairs of image, one of these rows of the store, and caption that are chosen (n, m), NaN elsewhere."""
+        """(n, m) of the pairs of image, one of these rows of the store, and caption that are chosen (n, m), NaN
+        elsewhere."""
         file = self.file(store, rows, token_ids)
         known = torch.from_numpy(np.load(file)) if file.exists() else torch.full(chosen.shape, float("nan"))
         # the first process decides: similarities of others may differ in the last bit
@@ -168,7 +177,7 @@ class Likelihoods:
         pad = self.model.config.text_config.pad_token_id
         lengths = torch.tensor([len(ids) for ids in token_ids])
         images = missing.any(1).nonzero().flatten()[self.processes.process_index :: self.processes.num_processes]
-        with packed_linears(self.model), tqdm(total=int(missing[images].sum()), desc=desc) as bar:
+        with tqdm(total=int(missing[images].sum()), desc=desc) as bar:
             for image in images.tolist():
                 captions = missing[image].nonzero().flatten()
                 captions = captions[lengths[captions].argsort()]  # rows of like length together
@@ -185,7 +194,8 @@ class Likelihoods:
         return torch.where(chosen | missing, known, float("nan"))
 
     def file(self, store, rows, token_ids: list[torch.Tensor]) -> Path:
-        """Where the likelihoods of these images and captions are kept: its name is a hash of all that they depend on."""
+        """Where the likelihoods of these images and captions are kept: its name is a hash of all that they depend
+        on."""
         digest = hashlib.sha256(tower_fingerprint(self.model).encode())
         digest.update(f"{self.model.dtype} {store.folder.name} {np.asarray(rows).tolist()}".encode())
         digest.update(torch.cat(token_ids).numpy().tobytes())
@@ -196,8 +206,8 @@ def add_gain(gallery: Gallery, likelihoods: Likelihoods, bank: tuple, candidates
     """One more captioner's opinion.
 
     Args:
-        bank: a store of features, and rows in it: of the bank's first images, among which the `of_bank` most like a caption tell its usual
-            likelihood.
+        bank: a store of features, and rows in it: of the bank's first images, among which the `of_bank` most like a
+            caption tell its usual likelihood.
     """
     ids = likelihoods.token_ids(gallery)
     store = likelihoods.features(gallery.dataset)
@@ -220,7 +230,7 @@ def choose(gallery: Gallery) -> dict[str, dict]:
     return {"together": {}, "hubs": hubs, "likelihood": likelihood, "hubs and likelihood": both}
 
 
-def main():
+def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, help="output folders of training.align")
     parser.add_argument("--captioners", nargs="+", required=True, help="folders or Hub ids of BLIP-RBMs")
@@ -258,6 +268,11 @@ def main():
     args.final_runs = args.final_runs or args.runs
     if len(args.final_runs) != len(args.runs):
         parser.error(f"--final_runs {args.final_runs}: one for each of {len(args.runs)} runs is needed")
+    return args
+
+
+def main():
+    args = parsed_arguments()
     accelerator = new_accelerator(args.seed)
     # weights are chosen on what no run was trained on, and applied to the split
     galleries = [
@@ -292,4 +307,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

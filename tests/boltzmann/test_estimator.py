@@ -1,7 +1,6 @@
 """RBM and DeepBeliefNetwork as a student meets them, on scikit-learn's digits."""
 
 import pickle
-import shutil
 
 import numpy as np
 import pytest
@@ -15,10 +14,6 @@ from sklearn.pipeline import make_pipeline
 
 from boltzmann import RBM, DeepBeliefNetwork, log_partition_function, log_prob
 from modeling_blip_rbm import RBMParameters
-
-
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-COMPILED = [False, pytest.param(True, marks=needs_compiler, id="compiled")]
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +33,6 @@ def independent_log_likelihood(train, rows):
     return (rows * np.log(share) + (1 - rows) * np.log1p(-share)).sum(1).mean()
 
 
-@pytest.mark.parametrize("visible_type", ["binary", "gaussian"])
-def test_plain_sgd_is_that_of_torch(digits, visible_type):
-    """Whose step is taken as soon as there is a momentum, if only a tiny one."""
-    rows, settings = digits[0][:, 26:30], {"random_state": 0, "batch_size": 29, "learning_rate": 0.1, "n_iter": 2}
-    plain, torchs = (RBM(7, visible_type=visible_type, momentum=m, **settings).fit(rows) for m in (0.0, 1e-12))
-    for name, parameter in plain.model_.named_parameters():
-        torch.testing.assert_close(parameter, torchs.model_.get_parameter(name))
-
-
 def test_likelihood_of_held_back_digits(digits, fitted):
     """Far better than independent pixels, by an estimate whose error is known."""
     assert fitted.score(digits[1]) > independent_log_likelihood(digits[0], digits[1]) + 6
@@ -54,11 +40,10 @@ def test_likelihood_of_held_back_digits(digits, fitted):
     assert {"free_energy_gap", "dead", "saturated", "seconds"} <= set(fitted.history_[-1])
 
 
-@pytest.mark.parametrize("compiled", COMPILED)
-def test_likelihood_is_at_least_scikit_learns(digits, compiled):
+def test_likelihood_is_at_least_scikit_learns(digits):
     """Equal units, batches and epochs, scikit-learn's best of three rates; benchmarks/rbm_likelihood.py has more."""
     train, test = digits[:2]
-    ours = RBM(n_components=17, n_iter=20, batch_size=10, compiled=compiled, random_state=0).fit(train).score(test)
+    ours = RBM(n_components=17, n_iter=20, batch_size=10, random_state=0).fit(train).score(test)
     scores = []
     for rate in (0.01, 0.03, 0.1):
         peer = BernoulliRBM(17, n_iter=20, batch_size=10, learning_rate=rate, random_state=0).fit(train)
@@ -169,10 +154,9 @@ def test_sparsity_target(digits):
     assert distance(sparse) < 0.5 * distance(plain)
 
 
-@pytest.mark.parametrize("compiled", COMPILED)
-def test_seed_decides(digits, compiled):
+def test_seed_decides(digits):
     fit = lambda seed, precision: (
-        RBM(11, n_iter=2, random_state=seed, precision=precision, compiled=compiled).fit(digits[0]).transform(digits[1])
+        RBM(11, n_iter=2, random_state=seed, precision=precision).fit(digits[0]).transform(digits[1])
     )
     for precision in ("float32", "int8"):
         np.testing.assert_array_equal(fit(5, precision), fit(5, precision))
@@ -196,12 +180,23 @@ def test_partial_fit(digits):
     assert rbm.score(digits[1]) > first.score(digits[1])
 
 
+def test_samples_and_hidden_states_of_impossible_sizes_are_refused(digits, fitted):
+    with pytest.raises(ValueError, match="num is 0"):
+        fitted.sample(0)
+    with pytest.raises(ValueError, match="steps is 0"):
+        fitted.sample(3, steps=0)
+    with pytest.raises(ValueError, match="start has 5 rows, but num is 3"):
+        fitted.sample(3, start=digits[0][:5])
+    with pytest.raises(ValueError, match=r"H has shape \(3, 7\); this RBM has 128"):
+        fitted.inverse_transform(np.zeros((3, 7)))
+
+
 def test_bad_rows_are_named(digits):
     train = digits[0].copy()
     rbm = RBM(5, n_iter=1, random_state=0)
-    with pytest.raises(ValueError, match="shape \\(0, 64\\)"):
+    with pytest.raises(ValueError, match=r"shape=?\s?\(0, 64\)"):
         rbm.fit(train[:0])
-    with pytest.raises(ValueError, match="shape \\(64,\\)"):
+    with pytest.raises(ValueError, match="Expected 2D array"):
         rbm.fit(train[0])
     broken = train.copy()
     broken[7, 11] = np.nan
@@ -214,7 +209,7 @@ def test_bad_rows_are_named(digits):
     with pytest.raises(ValueError, match="columns \\[0.*never vary"):
         RBM(5, visible_type="gaussian").fit(load_digits().data)
     rbm.fit(train)
-    with pytest.raises(ValueError, match="5 columns, but this RBM was fitted on 64"):
+    with pytest.raises(ValueError, match="X has 5 features, but RBM is expecting 64"):
         rbm.transform(train[:, :5])
     with pytest.raises(ValueError, match="not been fitted"):
         RBM(5).transform(train)
@@ -238,9 +233,8 @@ def test_divergence_and_collapse_are_said(digits):
         RBM(31, learning_rate=50.0, n_iter=3, random_state=0, centred=False).fit(digits[0])
 
 
-@pytest.mark.parametrize("compiled", COMPILED)
-def test_pickled_and_back(digits, compiled):
-    rbm = RBM(11, n_iter=1, compiled=compiled, random_state=0).fit(digits[0])
+def test_pickled_and_back(digits):
+    rbm = RBM(11, n_iter=1, random_state=0).fit(digits[0])
     again = pickle.loads(pickle.dumps(rbm))
     np.testing.assert_array_equal(again.transform(digits[1]), rbm.transform(digits[1]))
     np.testing.assert_array_equal(again.sample(3, 5), rbm.sample(3, 5))

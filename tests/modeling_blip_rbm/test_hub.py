@@ -123,6 +123,7 @@ def test_remote_code_needs_no_other_package(saved_model):
     assert "torch" in needed and needed - set(sys.stdlib_module_names) <= {
         "torch",
         "transformers",
+        "tokenizers",
         "numpy",
         "PIL",
         "tqdm",

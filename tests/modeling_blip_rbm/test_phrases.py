@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration, phrases_blip_rbm
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, DecodingSettings, phrases_blip_rbm
 from modeling_blip_rbm.phrases_blip_rbm import PhraseBlock, length_factors, ngram_numbers
-from tests.conftest import tiny_config
 from training.fit_phrases import choose_phrases, fit, mean_vectors
 from training.lib.metrics import CiderD
 
@@ -121,14 +120,17 @@ def test_guide_favours_rare_words(model, pixel_values, monkeypatch):
     block.numbers.copy_(torch.tensor(word_ids) + 1)
     block.idf.copy_(torch.linspace(0, 3, len(word_ids)))
     monkeypatch.setattr(phrases_blip_rbm, "RARE_FROM", 1.0)
-    with pytest.raises(ValueError, match="rbm_guidance_rarity is 0.5; allowed: 0 without phrases"):
-        tiny_config(rbm_guidance_rarity=0.5)
+    with pytest.raises(ValueError, match="rbm_guidance_rarity is 0.5, but this RBM has no phrases"):
+        model.generate(pixel_values, rbm_guidance_rarity=0.5)
     model.set_phrases(block)
     hidden_input = model.encode_image(pixel_values).hidden_input
     ids, scores = torch.full((len(pixel_values), 1), DEC), torch.zeros(len(pixel_values), vocab)
-    plain = model._guidance(hidden_input, 0.3)(ids, scores)
-    model.generation_config.rbm_guidance_rarity = 0.5
-    favoured = model._guidance(hidden_input, 0.3)(ids, scores)
+    plain, favoured = (
+        model._guides(None, hidden_input, DecodingSettings(rbm_guidance=0.3, rbm_guidance_rarity=rarity), 0.0, 5)[0](
+            ids, scores
+        )
+        for rarity in (0.0, 0.5)
+    )
     more = 1 + 0.5 * (torch.linspace(0, 3, len(word_ids)) - 1).clamp(min=0)
     torch.testing.assert_close(favoured[:, word_ids], more * plain[:, word_ids])
     assert more[0] == 1 < more[-1] and plain[:, word_ids].abs().min() > 0
@@ -162,8 +164,8 @@ def test_rerank_asks_for_the_expected_cider(model, pixel_values, block, tmp_path
         part.copy_(torch.rand_like(part))
     block.unknown_idf.fill_(1.0)
     block.length_factor.copy_(torch.rand(65))
-    with pytest.raises(ValueError, match="rbm_rerank_cider is 2.0; allowed: 0 without phrases"):
-        tiny_config(rbm_rerank_cider=2.0)
+    with pytest.raises(ValueError, match="rbm_rerank_cider is 2.0, but this RBM has no phrases"):
+        model.decoding_settings(rbm_rerank_cider=2.0)
     model.set_phrases(block)
     model.generation_config.rbm_rerank_cider, model.generation_config.rbm_rerank_candidates = 1e3, 7
     encoding = model.encode_image(pixel_values)

@@ -1,4 +1,5 @@
-"""Alignment: losses in pieces against whole ones, the stages on drawn images, retrieval and matching by energy, CapFilt."""
+"""Alignment: losses in pieces against whole ones, the stages on drawn images, retrieval and matching by energy,
+CapFilt."""
 
 import itertools
 import json
@@ -20,8 +21,9 @@ from modeling_blip_rbm.rbm import RBMParameters, pairwise_mutual_information, po
 from tests.conftest import REPO, WORD_IDS
 from tests.stages import in_process, succeed
 from training import capfilt
-from training.align import AlignedTokens, AlignmentData, Projection, embed, load_image_layer
+from training.align import AlignmentData, embed
 from training.capfilt import shuffled
+from training.lib.aligned import AlignedTokens, Projection, load_image_layer
 from training.lib.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces, sigmoid_loss
 from training.lib.encoders import LayersOfTower, VisionEncoder
 from training.lib.pairs import load_pairs
@@ -167,7 +169,7 @@ def test_alignment_learns_and_goes_on(aligned, pairs):
         "--classes",
         *"red blue black".split(),
     ]
-    out = in_process("evaluate_alignment", *command, "--cache_dir", work / "features", cwd=work)
+    out = in_process("experiments.alignment.evaluate_alignment", *command, "--cache_dir", work / "features", cwd=work)
     runs = json.loads((work / "result.json").read_text())["runs"]
     assert set(runs) == {"probe", "sail", "rbm", "together"} and "| sail |" in out
     for name, entry in runs.items():  # 8 images of 4 colours: two of each cannot be told apart
@@ -180,7 +182,8 @@ def test_alignment_learns_and_goes_on(aligned, pairs):
 
 
 def test_alignment_on_all_images(aligned, pairs, saved_model):
-    """None held back: the last epoch stays; retrieval in two steps chooses its weights by one run and looks with the other."""
+    """None held back: the last epoch stays; retrieval in two steps chooses its weights by one run and looks with the
+    other."""
     work, common = aligned
     all_images = [*common, "--kind", "probe", "--held_back", 0, "--epochs", 3, "--output_dir", "all"]
     out = in_process("align", *all_images, cwd=work)
@@ -191,14 +194,27 @@ def test_alignment_on_all_images(aligned, pairs, saved_model):
     command += ["--dtype", "float32", "--bank_candidates", 2, "--cache_dir", "all/features"]
     results = []
     for number, more in enumerate(([], ["--final_runs", "all"])):
-        in_process("rerank_retrieval", *command, *more, "--output", f"all/{number}.json", cwd=work)
+        in_process(
+            "experiments.retrieval.rerank_retrieval", *command, *more, "--output", f"all/{number}.json", cwd=work
+        )
         results.append(json.loads((work / "all" / f"{number}.json").read_text()))
     assert results[0]["held_back"] == results[1]["held_back"]
     assert results[1]["core_minutes_of_training"] == report["minutes"] * report["threads"]
     with pytest.raises(SystemExit):
-        in_process("rerank_retrieval", *command, "--final_runs", "all", "all", "--output", "all/2.json", cwd=work)
+        in_process(
+            "experiments.retrieval.rerank_retrieval",
+            *command,
+            "--final_runs",
+            "all",
+            "all",
+            "--output",
+            "all/2.json",
+            cwd=work,
+        )
     with pytest.raises(ValueError, match="all held no image back"):
-        in_process("rerank_retrieval", *command, "--runs", "all", "--output", "all/2.json", cwd=work)
+        in_process(
+            "experiments.retrieval.rerank_retrieval", *command, "--runs", "all", "--output", "all/2.json", cwd=work
+        )
 
 
 def test_the_views_of_an_image_are_one():
@@ -231,7 +247,7 @@ def test_a_second_look_with_the_captioner(aligned, pairs, saved_model):
     common = ["--runs", "probe", "rbm", "--captioners", saved_model, saved_model, "--dataset", pairs]
     common += ["--candidates", 3, 2, "--likelihood_bank", 6, "--bank_candidates", 2, "--dtype", "float32"]
     one = [*common, "--cache_dir", "one", "--output", "one.json"]
-    out = in_process("rerank_retrieval", *one, cwd=work)
+    out = in_process("experiments.retrieval.rerank_retrieval", *one, cwd=work)
     results = json.loads((work / "one.json").read_text())
     assert set(results["held_back"]) == set(results["runs"]) == set(results["ways"]) and len(results["ways"]) == 4
     assert "| hubs and likelihood |" in out and results["captions"] == 24
@@ -240,7 +256,12 @@ def test_a_second_look_with_the_captioner(aligned, pairs, saved_model):
 
     shutil.copytree(work / "one", work / "two", ignore=shutil.ignore_patterns("likelihood-*"))
     two = [*common, "--cache_dir", "two", "--output", "two.json"]
-    succeed("rerank_retrieval", *two, cwd=work, launcher=("--config_file", REPO / "training/accelerate/multi-cpu.yaml"))
+    succeed(
+        "experiments.retrieval.rerank_retrieval",
+        *two,
+        cwd=work,
+        launcher=("--config_file", REPO / "training/accelerate/multi-cpu.yaml"),
+    )
     for way, entry in json.loads((work / "two.json").read_text())["runs"].items():
         assert entry == pytest.approx(results["runs"][way])
     files = sorted((work / "one").glob("likelihood-*.npy"))
@@ -295,8 +316,16 @@ def test_study_of_encoders(work, pairs, towers):
     ]
     command += ["--classes", "red", "blue", "black", "white", "--epochs", 3, "--output", "study.json"]
     with pytest.raises(ValueError, match="held_back is 400"):
-        in_process("evaluate_alignment", *command, cwd=work)
-    in_process("evaluate_alignment", *command, "--held_back", 4, "--cache_dir", work / "features", cwd=work)
+        in_process("experiments.alignment.evaluate_alignment", *command, cwd=work)
+    in_process(
+        "experiments.alignment.evaluate_alignment",
+        *command,
+        "--held_back",
+        4,
+        "--cache_dir",
+        work / "features",
+        cwd=work,
+    )
     study = json.loads((work / "study.json").read_text())
     assert set(study["encoders"]) == {"vision@0", "vision@1", "vision@2", "vision", "all together"}
     assert all(0 <= entry["knn"] <= 1 and 0 <= entry["linear"] <= 1 for entry in study["encoders"].values())
@@ -376,7 +405,8 @@ def test_shuffling_exchanges_the_share_that_is_asked_for():
 
 
 def test_capfilt_of_a_captioner_without_rbm(pairs, towers, tmp_path):
-    """Exchanged captions are found all the same, by new RBMs over the commonest words; without exchange there is nothing to judge by."""
+    """Exchanged captions are found all the same, by new RBMs over the commonest words; without exchange there is
+    nothing to judge by."""
     tower = ["--vision", towers / "vision", "--text", towers / "text"]
     in_process("build_captioner", *tower, "--output_dir", "bare", cwd=tmp_path)
     command = ["--model", "bare", "--dataset", pairs, "--held_back", 4, "--views", 1]
@@ -443,7 +473,8 @@ def test_capfilt(saved_model, pairs, tmp_path, few_captions):
 
 
 def test_a_captioner_on_the_first_layers_of_a_tower(towers, tmp_path):
-    """NAME@1: the state after one layer, of the whole image, where the processor of the tower would cut its borders off."""
+    """NAME@1: the state after one layer, of the whole image, where the processor of the tower would cut its borders
+    off."""
     tower = AutoModel.from_pretrained(towers / "vision")
     tower.save_pretrained(tmp_path / "vision")
     crop = BitImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 21, "width": 21}, do_center_crop=True)

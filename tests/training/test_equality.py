@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from tests.conftest import REPO
-from tests.stages import in_process, succeed
+from tests.stages import in_process, module_of, succeed
 from training.lib.distributed import Checkpoint
 
 
@@ -56,7 +56,8 @@ def untrained(pairs, towers, tmp_path):
 
 
 def test_the_captioner_stage_does_not_depend_on_how_a_batch_is_split(pairs, untrained, tmp_path):
-    """8x1 = 2x4 = 1x8 = 2 processes of 4: the same loss and the same weights after two steps, captions of unlike lengths."""
+    """8x1 = 2x4 = 1x8 = 2 processes of 4: the same loss and the same weights after two steps, captions of unlike
+    lengths."""
     data = [
         "--dataset",
         pairs,
@@ -109,7 +110,8 @@ def farthest(ours, theirs) -> float:
 
 
 def test_the_rbm_stage_does_not_depend_on_the_number_of_processes(rbm_command, tmp_path):
-    """The images of all processes are each other's negatives, and what is random belongs to an image, not to a process."""
+    """The images of all processes are each other's negatives, and what is random belongs to an image, not to a
+    process."""
     command = [*rbm_command, "--epochs", 3, "--eval_every", 1]
     in_process("train_rbm", *command, "--output_dir", "one", cwd=tmp_path)
     succeed("train_rbm", *command, "--output_dir", "two", cwd=tmp_path, launcher=TWO_PROCESSES)
@@ -124,11 +126,11 @@ def test_the_rbm_stage_does_not_depend_on_the_number_of_processes(rbm_command, t
 def killed_and_started_again(module, command, output_dir, appears, tmp_path):
     """Run a stage, kill it (SIGKILL) as soon as a file appears, run it again to its end."""
     environment = {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-m", f"training.{module}", *map(str, command), "--output_dir", output_dir]
+    command = [sys.executable, "-m", module_of(module), *map(str, command), "--output_dir", output_dir]
     running = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not (tmp_path / output_dir / appears).exists():
         assert running.poll() is None, running.stderr.read()[-3000:]
         assert time.time() < deadline

@@ -1,17 +1,20 @@
 """Cached outputs of a vision tower: right, reused, whole or not there."""
 
 import collections
-import copy
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
-from transformers import BlipImageProcessor, Dinov2Model, EfficientNetConfig, EfficientNetModel
+from transformers import BlipImageProcessor, Dinov2Model
 
-from modeling_blip_rbm.modeling_blip_rbm import folded_tower, image_tokens, pool_tokens, vision_tokens
-from tests.conftest import random_image
+from modeling_blip_rbm.inference_blip_rbm import image_tokens
+from modeling_blip_rbm.vision_blip_rbm import pool_tokens, vision_tokens
+from tests.conftest import REPO, random_image
 from training.lib import features as features_module
 from training.lib.arguments import DataArguments
 from training.lib.data import image_view
@@ -108,6 +111,67 @@ def test_a_damaged_shard_is_encoded_again(pairs, tower, tmp_path, small_shards, 
     assert all((store.folder / name).stat().st_mtime_ns == when for name, when in others.items())
 
 
+@pytest.mark.parametrize("text", ["", '{"shards": [', "[3]", '{"shards": [{"file": "../x"}], "settings": {}}', "\xff"])
+def test_a_damaged_index_is_written_again(pairs, tower, tmp_path, small_shards, text, capsys):
+    dataset = load_pairs(pairs, "train")
+    store = cache_features(*tower, dataset, tmp_path)
+    expected = everything(store)
+    (store.folder / "index.json").write_text(text, encoding="latin-1")
+    np.testing.assert_array_equal(everything(cache_features(*tower, dataset, tmp_path, dtype="auto")), expected)
+    assert capsys.readouterr().out.count("index.json is damaged: encoding its images again") == 1
+    json.loads((store.folder / "index.json").read_text())
+
+
+ENCODE = """
+import sys
+import numpy as np, torch
+from transformers import BlipImageProcessor, Dinov2Model
+from training.lib import features
+from training.lib.pairs import load_pairs
+torch.set_num_threads(1)
+features.SHARD_ROWS = 3
+vision, data, cache = sys.argv[1:]
+tower, processor = Dinov2Model.from_pretrained(vision).eval(), BlipImageProcessor.from_pretrained(vision)
+dataset = load_pairs(data, "train")
+print("go", flush=True)
+sys.stdin.readline()
+store = features.cache_features(tower, processor, dataset, cache, batch_size=1)
+print(len(store), float(store.batch(range(len(store))).double().sum()))
+"""
+
+
+def test_processes_that_encode_the_same_images_at_once(pairs, towers, tmp_path):
+    """Each comes to the end, with the same features, and leaves a whole cache without temporary files."""
+    command = [sys.executable, "-W", "ignore", "-c", ENCODE, towers / "vision", pairs, tmp_path / "cache"]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
+    for process in processes:
+        assert process.stdout.readline() == "go\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.communicate()[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0] and said[0] == said[1] and said[0][0] == "24"
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert {file.name for file in folder.iterdir()} == {"index.json", *(f"{i:05}.npy" for i in range(8))}
+    index = json.loads((folder / "index.json").read_text())
+    assert index["finished"] and not features_module.FeatureWriter(tmp_path / "cache", index["settings"]).broken
+
+
+def test_a_process_that_is_behind_takes_nothing_from_another(pairs, tower, tmp_path, monkeypatch, small_shards):
+    """The other's index, of one shard, replaces this one's in the moment in which it is finished."""
+    dataset = load_pairs(pairs, "train")
+    write_index = features_module.FeatureWriter.write_index
+
+    def overtaken(writer):
+        write_index(writer)
+        writer.index_file.write_text(json.dumps(writer.index | {"shards": writer.shards[:1], "finished": False}))
+
+    monkeypatch.setattr(features_module.FeatureWriter, "write_index", overtaken)
+    assert len(cache_features(*tower, dataset, tmp_path)) == 24
+
+
 def test_pooled_features(pairs, tower, tmp_path, monkeypatch):
     """By the tower, or from the tokens if they are there already: the same."""
     dataset = load_pairs(pairs, "train")
@@ -159,30 +223,23 @@ def test_a_full_disk_is_named_and_nothing_is_lost(pairs, tower, tmp_path, monkey
     assert len(cache_features(*tower, dataset, tmp_path)) == 24
 
 
-def test_folded_tower_is_the_tower():
-    """Batch normalisation folded into convolutions, whose running statistics and weights are not trivial."""
-    config = EfficientNetConfig(
-        image_size=64,
-        hidden_dim=320,
-        width_coefficient=0.25,
-        depth_coefficient=0.3,
-        hidden_act="relu6",
-        dropout_rate=0.0,
-    )
-    tower = EfficientNetModel(config).eval()
-    with torch.no_grad():
-        for module in tower.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_(std=0.3)
-                module.running_var.uniform_(0.5, 1.5)
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(std=0.3)
-            elif isinstance(module, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(module.weight)
-        images = torch.randn(3, 3, 64, 64)
-        expected, before = tower(images).last_hidden_state, copy.deepcopy(tower.state_dict())
-        folded = folded_tower(tower)
-        got = folded(images.clone()).last_hidden_state
-    assert expected.std() > 0.01 and not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
-    assert all(torch.equal(t, before[name]) for name, t in tower.state_dict().items())  # the tower itself is as it was
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("7 requested and 3 written")])
+def test_a_disk_that_fills_up_while_a_shard_is_written(pairs, tower, tmp_path, monkeypatch, small_shards, error):
+    dataset = load_pairs(pairs, "train")
+    expected = everything(cache_features(*tower, dataset, tmp_path / "a"))
+    save, written = np.save, []
+
+    def second_fails(file, array):
+        written.append(array)
+        if len(written) == 2:
+            file.write(b"half")
+            raise error
+        save(file, array)
+
+    monkeypatch.setattr(features_module.np, "save", second_fails)
+    with pytest.raises(OSError, match="00001.npy was not written: the disk is full"):
+        cache_features(*tower, dataset, tmp_path / "b")
+    (folder,) = (tmp_path / "b").iterdir()
+    assert {file.name for file in folder.iterdir()} == {"00000.npy", "index.json"}
+    np.testing.assert_array_equal(everything(cache_features(*tower, dataset, tmp_path / "b")), expected)
+    assert len(written) == 2 + 3  # the first shard was kept

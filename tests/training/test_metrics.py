@@ -127,7 +127,8 @@ def test_meteor(sets):
 
 
 def test_diverse_beams_lose_what_others_say_at_the_same_place():
-    """Two images, three captions side by side: each is told off for the tokens of those before it, and of its own image alone."""
+    """Two images, three captions side by side: each is told off for the tokens of those before it, and of its own image
+    alone."""
     scores = torch.tensor([[4.0, 3.0, 0.0, 0.0]] * 3 + [[0.0, 0.0, 5.0, 1.0]] * 3)
     chosen = lambda penalty: HammingDiversity(3, penalty)(None, scores).argmax(-1).tolist()
     assert chosen(0.0) == [0, 0, 0, 2, 2, 2]

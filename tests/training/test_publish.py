@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,8 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import yaml
 
+from modeling_blip_rbm.configuration_blip_rbm import HUB_FILES
 from tests.conftest import CHECKPOINT, REPO
-from training.publish import card_of, check, stage
+from training.lib.checkpoints import save_captioner
+from training.publish import MARKER, PACKAGE, card_of, check, stage
 
 
 class HubDouble(BaseHTTPRequestHandler):
@@ -143,7 +146,7 @@ def test_publish_uploads_exactly_what_was_checked(hub, tmp_path):
     repo = HubDouble.repos["me/captions"]
     assert repo["private"] and set(repo["branches"]) == {"main", "v1"} and not repo["branches"]["main"]
     files = repo["branches"]["v1"]
-    assert files == {file.name: file.read_bytes() for file in (tmp_path / "x").iterdir()}
+    assert files == {f.name: f.read_bytes() for f in (tmp_path / "x").iterdir() if f.name != MARKER}
     assert {"config.json", "modeling_blip_rbm.py", "rbm.py", "README.md", "tokenizer.json"} <= set(files)
     assert "model-index" in files["README.md"].decode().split("---")[1]
     assert check(files_in(tmp_path / "arrived", files))["class"] == "BlipRBMForConditionalGeneration"
@@ -184,8 +187,16 @@ def test_push_to_hub_keeps_the_code(hub, saved_model, tmp_path):
     assert check(files_in(tmp_path / "arrived", by_trainer))["class"] == "BlipRBMForConditionalGeneration"
 
 
-def test_dry_run_uploads_nothing(tmp_path):
-    result = publish("--repo_id", "me/captions", "--staging", tmp_path / "x", "--dry_run")  # no server there
+@pytest.fixture
+def trained(model, processor, tmp_path):
+    save_captioner(model, processor, tmp_path / "trained", max_shard_size="20KB")
+    return tmp_path / "trained"
+
+
+def test_dry_run_uploads_nothing(trained, tmp_path):
+    result = publish(
+        "--model", trained, "--repo_id", "me/captions", "--staging", tmp_path / "x", "--dry_run"
+    )  # no server there
     assert result.returncode == 0 and "nothing uploaded" in result.stdout, result.stderr[-2000:]
 
 
@@ -196,14 +207,130 @@ def test_what_would_not_load_is_not_uploaded(tmp_path):
         check(tmp_path / "x")
 
 
-def test_staging_refuses_what_is_no_model_and_overwrites_nothing(tmp_path):
+def content(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_only_files_of_the_list_are_staged(trained, tmp_path):
+    for name in ("tokenizer_secrets.env", "tokenizer.json.bak", "left.safetensors", "notes.py"):
+        (trained / name).write_text("secret")
+    (trained / "rbm.py").unlink()
+    (trained / "rbm.py").symlink_to("/etc/hostname")  # code comes from the package, whatever the folder says
+    files = set(stage(trained, tmp_path / "x", "me/captions"))
+    weights = {file.name for file in trained.glob("model*.safetensors")} | {"model.safetensors.index.json"}
+    own = {"config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert len(weights) > 2 and files == weights | own | {"README.md", *HUB_FILES}
+    assert {file.name for file in (tmp_path / "x").iterdir()} == files | {MARKER}
+    assert not any(file.is_symlink() for file in (tmp_path / "x").iterdir())
+    assert (tmp_path / "x" / "rbm.py").read_bytes() == (PACKAGE / "rbm.py").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["README.md", "results.json", "tokenizer.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["link", "broken link", "pipe"])
+def test_what_is_no_regular_file_is_not_published(trained, tmp_path, name, kind):
+    (trained / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(trained / name)
+    else:
+        (trained / name).symlink_to("/etc/hostname" if kind == "link" else "nowhere")
+    with pytest.raises(ValueError, match=f"{name} is no regular file, so it is not published"):
+        stage(trained, tmp_path / "x", "me/captions")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "model-00099-of-00099.safetensors"])
+def test_weights_that_are_not_in_the_folder_are_named(trained, tmp_path, shard):
+    (tmp_path / "secret.safetensors").write_text("secret")
+    file = trained / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["rbm_layer.gate"] = shard
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"trained lacks weights: no {shard}"):
+        stage(trained, tmp_path / "x", "me/captions")
+
+
+def test_a_folder_that_is_no_staging_is_left_as_it_is(trained, tmp_path):
+    """Whatever it holds: a diary, a saved model with its code, a list of an own making."""
     with pytest.raises(ValueError, match=r"holds no BLIP-RBM"):
         stage(tmp_path, tmp_path / "x", "me/captions")
+    shutil.copytree(trained, tmp_path / "model")
+    for name, text in (("diary", "diary.txt"), ("listed", MARKER)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / text).write_text("[1]")
+    (tmp_path / "listed" / "diary.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("diary", "model", "listed"):
+        before = content(tmp_path / name)
+        with pytest.raises(
+            ValueError, match="holds what publish did not write.*nothing was changed; give a new folder"
+        ):
+            stage(trained, tmp_path / name, "me/captions")
+        assert content(tmp_path / name) == before
+    with pytest.raises(ValueError, match="is a file"):
+        stage(trained, tmp_path / "file", "me/captions")
+
+
+@pytest.mark.parametrize("change", ["edited", "added", "folder"])
+def test_a_staging_that_was_worked_on_is_left_as_it_is(trained, tmp_path, change):
+    stage(trained, tmp_path / "x", "me/captions")
+    if change == "folder":
+        subprocess.run(["git", "init", "-q", tmp_path / "x"], check=True)
+    else:
+        (tmp_path / "x" / {"edited": "README.md", "added": "photo.png"}[change]).write_text("mine")
+    found = {"edited": "README.md", "added": "photo.png", "folder": ".git"}[change]
+    with pytest.raises(ValueError, match=rf"what was changed since \({found}\)"):
+        stage(trained, tmp_path / "x", "me/captions")
+    assert (tmp_path / "x" / found).exists()
+
+
+def test_a_staging_is_built_anew(trained, tmp_path, monkeypatch):
+    """Also one that lost files, and after a try that failed half-way."""
+    first = stage(trained, tmp_path / "x", "me/captions")
+    (tmp_path / "x" / "rbm.py").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("training.publish.card_of", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stage(trained, tmp_path / "x", "me/captions")
+    assert not (tmp_path / "x" / "rbm.py").exists() and {f.name for f in tmp_path.iterdir()} == {"trained", "x"}
+    assert stage(trained, tmp_path / "x", "me/captions") == first and (tmp_path / "x" / "rbm.py").exists()
+
+
+def test_staging_apart_from_model_and_package(trained, tmp_path):
+    before = content(trained)
+    for folder in (trained, trained / "hub", tmp_path, PACKAGE, PACKAGE / "hub", REPO):
+        with pytest.raises(ValueError, match="overlaps .*: nothing was changed; give a folder apart from it"):
+            stage(trained, folder, "me/captions")
+    (tmp_path / "link").symlink_to(trained)
+    with pytest.raises(ValueError, match="overlaps"):
+        stage(trained, tmp_path / "link", "me/captions")
+    assert content(trained) == before and not (PACKAGE / "hub").exists()
+
+
+def test_a_refusal_is_one_line(tmp_path):
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "diary.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds something else"):
-        stage(CHECKPOINT, tmp_path / "x", "me/captions")
-    assert (tmp_path / "x" / "diary.txt").read_text() == "mine"
+    (tmp_path / "x" / "modeling_blip_rbm.py").write_text("mine")
+    result = publish("--repo_id", "me/captions", "--staging", tmp_path / "x", "--dry_run")
+    assert (
+        result.returncode == 2
+        and result.stderr.startswith("publish: error: --staging ")
+        and result.stderr.count("\n") == 1
+    )
+    assert content(tmp_path / "x") == {"modeling_blip_rbm.py": b"mine"}
+
+
+def test_results_of_another_kind_are_named(trained, tmp_path):
+    for text in ("[1]", "3", '{"systems": {}, "images": 7, "dataset": "d", "split": "s"}'):
+        (trained / "results.json").write_text(text)
+        with pytest.raises(ValueError, match="trained/results.json is not what training.evaluate_captions writes"):
+            stage(trained, tmp_path / "x", "me/captions")
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_does_not_load_is_one_line(trained, tmp_path):
+    (trained / "tokenizer.json").write_text("{}")
+    result = run("-m", "training.publish", "--model", trained, "--repo_id", "me/captions")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "the staged repo in" in result.stderr and "does not load by itself:" in result.stderr
 
 
 def test_card_has_the_numbers_of_the_results(tmp_path):

@@ -69,7 +69,15 @@ def test_minimum_risk(work, data):
     risk = ["--model", "captioner/best", *data, "--output_dir", "risk", *CAPTIONER, "--eval_steps", 6]
     risk += ["--samples", 3, "--unigram_bias", "false", "--full_vocabulary_share", 1, "--max_steps", 6]
     out = in_process(
-        "train_captioner", *risk, "--logging_steps", 3, "--ema_decay", 0.5, "--learning_rate", 1e-4, cwd=work
+        "experiments.minimum_risk.train_minimum_risk",
+        *risk,
+        "--logging_steps",
+        3,
+        "--ema_decay",
+        0.5,
+        "--learning_rate",
+        1e-4,
+        cwd=work,
     )
     assert "sampled_cider" in out and (work / "risk" / "best" / "config.json").exists()
 
@@ -87,6 +95,9 @@ def test_the_record_goes_with_the_weights(work):
     built, trained = (BlipRBMForConditionalGeneration.from_pretrained(work / name) for name in ("built", "mean/best"))
     towers = (model.vision_model.state_dict() for model in (built, trained))
     assert all(torch.equal(a, b) for a, b in zip(*(tower.values() for tower in towers), strict=True))
+    with pytest.raises(ValueError, match="built holds a model"):
+        in_process("build_captioner", *build, "mean/best", cwd=work)
+    build[build.index("built")] = "first-layers"
     with pytest.raises(ValueError, match="only taken whole: give mean/best"):
         in_process("build_captioner", *build, "mean/best@1", cwd=work)
 
@@ -104,7 +115,7 @@ def test_rbm_learns_the_colours(work, data, pairs):
     assert knows["per_word_ap"] > knows["per_word_ap_chance"] + 0.2 and (work / "knows.png").exists()
 
 
-@pytest.mark.parametrize("parts", ["refine", "adapter", "lora"])
+@pytest.mark.parametrize("parts", ["refine", "lora"])
 def test_a_part_is_trained_alone(work, data, parts):
     refine = ["--model", "rbm/best", *data, "--output_dir", parts, "--parts", parts, "--cause_tokens", 2, *CAPTIONER]
     refine += [
@@ -121,8 +132,6 @@ def test_a_part_is_trained_alone(work, data, parts):
     ]
     out = in_process("train_captioner", *refine, "--ema_decay", 0.5, cwd=work)
     assert f"training {parts}:" in out
-    if parts == "adapter":
-        return
     before, after = (
         BlipRBMForConditionalGeneration.from_pretrained(work / folder) for folder in ("rbm/best", f"{parts}/best")
     )
@@ -136,10 +145,22 @@ def test_a_part_is_trained_alone(work, data, parts):
         assert changed and all(name.rsplit(".", 2)[1] in ("query", "value") for name in changed)
 
 
+def test_an_adapter_in_refines_place(work, data):
+    adapter = ["--model", "rbm/best", *data, "--output_dir", "adapter", "--cause_tokens", 2, *CAPTIONER]
+    adapter += ["--unigram_bias", "false", "--max_steps", 2, "--eval_steps", 2, "--ema_decay", 0.5]
+    with pytest.raises(ValueError, match="--parts is 'lora', but the adapter stands in refine's place"):
+        in_process("experiments.mlp_adapter.train_adapter", *adapter, "--parts", "lora", cwd=work)
+    out = in_process("experiments.mlp_adapter.train_adapter", *adapter, "--parts", "refine", cwd=work)
+    width, images, hidden = 28, 2 * 22, 7  # of the decoder, the pooled image, the RBM
+    bottleneck = round(hidden * 3 * width / (images + 3 * width))
+    assert f"training refine: {bottleneck * (images + 3 * width) + 1:,} parameters" in out
+    assert (work / "adapter" / "captioner.json").exists()
+
+
 def test_reranker(work, data):
     rerank = ["--model", "rbm/best", "--writer", "captioner/first", *data, "--output_dir", "reranker", "--epochs", 3]
     rerank += ["--writer_images", 12, "--candidates", 4, "--batch_size", 5, "--max_new_tokens", 9]
-    in_process("train_reranker", *rerank, cwd=work)
+    in_process("experiments.reranker.train_reranker", *rerank, cwd=work)
     report = json.loads((work / "reranker" / "reranker.json").read_text())
     assert [entry["epoch"] for entry in report["held_back"]] == [0, 1, 2, 3]
     assert report["candidates"]["training"]["oracle_cider"] >= report["candidates"]["training"]["sampled_cider"]
@@ -155,11 +176,11 @@ def test_reranker_with_writers_that_have_not_seen_the_images(work, data, pairs):
     with pytest.raises(
         ValueError, match="number 0 of 2 .* --folds 2 --fold 0, but fold-1/best was with --folds 2 --fold 1"
     ):
-        in_process("train_reranker", *rerank, "--writer", "fold-1/best", "fold-0/best", cwd=work)
+        in_process("experiments.reranker.train_reranker", *rerank, "--writer", "fold-1/best", "fold-0/best", cwd=work)
     with mock.patch(
         "experiments.reranker.train_reranker.write_candidates", wraps=train_reranker.write_candidates
     ) as write:
-        in_process("train_reranker", *rerank, "--writer", "fold-0/best", "fold-1/best", cwd=work)
+        in_process("experiments.reranker.train_reranker", *rerank, "--writer", "fold-0/best", "fold-1/best", cwd=work)
     folds = fold_of(load_pairs(str(pairs), "train")["image_id"], 2)
     asked = [set(folds[call.args[3]]) for call in write.call_args_list]
     assert asked == [{0}, {1}] * 2  # training images, then those held back
@@ -184,7 +205,8 @@ def test_tuned_and_evaluated(work, tuned, data, pairs):
     phrases = json.loads((work / "phrases" / "phrases.json").read_text())
     assert phrases["phrases"] == saved["rbm_num_phrases"] > 5
     assert phrases["held_back"]["own_captions"] > 1.5 * phrases["held_back"]["other_captions"]
-    assert saved["rbm_rerank"] and saved["rbm_guidance"] in (0.0, 0.2) and saved["dtype"] == "float32"
+    decoding = json.loads((tuned / "generation_config.json").read_text())
+    assert decoding["rbm_rerank"] and decoding["rbm_guidance"] in (0.0, 0.2) and saved["dtype"] == "float32"
     evaluate = ["--model", "tuned", "--dataset", pairs, "--output", "results.json", *data[-2:]]
     in_process("evaluate_captions", *evaluate, "--ablation", True, "--pictures", "pictures", cwd=work)
     results = json.loads((work / "results.json").read_text())
@@ -218,14 +240,24 @@ def test_confidence(work, tuned, data, pairs):
 
 def test_diversity(work, tuned, data, pairs):
     varied = ["--model", "tuned", "--dataset", pairs, "--output", "varied.json", *data[-2:], "--captions", 3]
-    in_process("evaluate_diversity", *varied, "--causes", 0.5, "--temperatures", 1.0, "--max_new_tokens", 9, cwd=work)
+    in_process(
+        "experiments.diversity.evaluate_diversity",
+        *varied,
+        "--causes",
+        0.5,
+        "--temperatures",
+        1.0,
+        "--max_new_tokens",
+        9,
+        cwd=work,
+    )
     ways = json.loads((work / "varied.json").read_text())["ways"]
     assert list(ways) == ["hidden causes, 3 beams", "sampling", "nucleus 0.9", "diverse beams", "beams"]
     assert all(0 < e["div_2"] <= 1 for way in ways.values() for e in way.values())
     assert (work / "varied.png").exists()
 
 
-@pytest.mark.parametrize("module", ["train_captioner", "train_rbm", "train_reranker"])
+@pytest.mark.parametrize("module", ["train_captioner", "train_rbm", "experiments.reranker.train_reranker"])
 def test_a_folder_that_holds_something_else_is_left_alone(work, data, module):
     before = {file.name: file.stat().st_mtime_ns for file in (work / "untrained").iterdir()}
     with pytest.raises(

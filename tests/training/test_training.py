@@ -6,42 +6,27 @@ import torch
 from datasets import Dataset
 from transformers import Dinov2Config, Dinov2Model, Seq2SeqTrainingArguments, TrainingArguments
 
+from experiments.minimum_risk.train_minimum_risk import MinimumRiskTrainer
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
 from modeling_blip_rbm.rbm import hidden_input
+from modeling_blip_rbm.vision_blip_rbm import vision_tokens
 from tests.conftest import VOCABULARY, random_image, tiny_tokenizer
 from tests.stages import in_process, process
 from training import tune_decoding
 from training.average_captioners import average
-from training.evaluate_captions import caption_rows
-from training.evaluate_rbm import average_precision
+from training.lib.captions import caption_rows, caption_tokens
 from training.lib.checkpoints import save_captioner
-from training.lib.data import CaptionWords, fold_of, split_held_back
+from training.lib.data import CaptionWords, choose_words, fold_of, split_held_back
 from training.lib.distributed import new_accelerator
 from training.lib.metrics import CiderD
+from training.lib.packed import PackedCaptioner, PackedCaptions, collate, packed, packed_mask
 from training.lib.pairs import load_pairs
+from training.lib.rbm_evaluation import average_precision
+from training.lib.rbm_objective import PooledPairs, RBMArguments, RBMObjective, match_loss, sparsity_loss, words_loss
+from training.lib.rbm_training import evaluations_since_best
+from training.lib.rbm_training import train as train_rbm
 from training.lib.trainer import CaptionCollator, CaptionSeq2SeqTrainer, caption_metrics
 from training.shrink_vocabulary import kept_tokens, shrink_captioner, shrink_tokenizer
-from training.train_captioner import (
-    MinimumRiskTrainer,
-    PackedCaptioner,
-    PackedCaptions,
-    caption_tokens,
-    collate,
-    packed,
-    packed_mask,
-)
-from training.train_rbm import (
-    PooledPairs,
-    RBMArguments,
-    RBMObjective,
-    choose_words,
-    evaluations_since_best,
-    match_loss,
-    sparsity_loss,
-    words_loss,
-)
-from training.train_rbm import train as train_rbm
 
 
 def test_missing_columns_and_wrong_recipes_are_named(pairs, tmp_path):
@@ -152,11 +137,11 @@ def test_minimum_risk_makes_better_captions_likelier(model, processor, tmp_path)
     captioner.full_vocabulary = True
     features = vision_tokens(model.vision_model(torch.randn(1, 3, 24, 24))).detach()
     references = [["a dog runs on grass", "a dog runs on the grass"], ["a white cat", "two people"]]
-    data = PackedCaptions(None, [0], [[good]])
+    data = PackedCaptions(None, [0, 1], [[good], [bad]], references)
     args = TrainingArguments(tmp_path, report_to="none", use_cpu=True, max_steps=1)
     trainer = MinimumRiskTrainer(
         model=captioner, args=args, train_dataset=data, data_collator=collate, held_back=None, ema=None,
-        processor=processor, eval_beams=1, max_new_tokens=9, references=references, samples=2, reference_weight=0.0,
+        processor=processor, eval_beams=1, max_new_tokens=9, samples=2, reference_weight=0.0,
     )  # fmt: skip
     trainer.sample = lambda model, features: [[list(good), list(bad)]]
 

@@ -1,8 +1,8 @@
-"""Command lines of the stages: `python -m training.STAGE [recipe.yaml] [--flag value ...]`, flags win over the recipe."""
+"""Command lines of the stages: `python -m training.STAGE [recipe.yaml] [--flag value ...]`, flags win over the
+recipe."""
 
 import sys
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Optional
 
@@ -10,30 +10,40 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from modeling_blip_rbm.linear_blip_rbm import time_ratio
 
-
-@lru_cache
 def bf16_is_fast() -> bool:
-    """Whether products in bf16 are faster than in fp32 here. Some processors emulate them, hundreds of times slower: found out on small
-    matrices."""
+    """Whether products in bf16 are faster than in fp32 here, by what the processor has: the same answer in every
+    process.
+
+    Two cores of each, matrix products of 2,048, GFLOP/s (docs/experiments/):
+
+    | processor                        | fp32 | bf16        |
+    |----------------------------------|------|-------------|
+    | Xeon with AMX                    |  300 | 800 to 1,100|
+    | EPYC Zen 4, AVX-512 with bf16    |  151 | 420         |
+    | Xeon, AVX-512 without bf16       |  327 | 165         |
+    | EPYC without AVX-512             |      | emulated    |
+    """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    half, full = (torch.ones(256, 256, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    return time_ratio(lambda: half @ half, lambda: full @ full, times=7) < 1
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 @dataclass
 class SourceArguments:
     """Where image-caption pairs come from, see `training/lib/pairs.py`."""
 
-    dataset: str = field(metadata={"help": "Hub id, folder, or file (COCO .json, .csv, .tsv, .jsonl)"})
+    dataset: str = field(metadata={"help": "Hub id, folder, or data file (see training/lib/readers.py)"})
+    image_dir: Optional[str] = field(
+        default=None, metadata={"help": "folder that relative image paths are meant from, if not the data file's"}
+    )
     image_column: Optional[str] = field(default=None, metadata={"help": "its name, if it is not found by itself"})
     caption_column: Optional[str] = field(default=None, metadata={"help": "its name, if it is not found by itself"})
 
     @property
     def columns(self) -> dict:
-        return {"image_column": self.image_column, "caption_column": self.caption_column}
+        names = ("image_column", "caption_column", "image_dir")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -74,11 +84,9 @@ class CaptionerArguments:
     parts: str = field(
         default="captioner",
         metadata={
-            "help": "what is trained: captioner (decoder and projector), cross_attention (projector and the decoder's "
-            "cross-attention, all else frozen), lora (low-rank changes of the decoder's attention, merged "
-            "when saved), refine (the RBM layer's, all else frozen), or for comparison adapter (an MLP of as many parameters in "
-            "refine's place)",
-            "choices": ["captioner", "cross_attention", "lora", "refine", "adapter"],
+            "help": "what is trained, all else frozen: captioner (decoder and projector), cross_attention (projector and the decoder's "
+            "cross-attention), lora (low-rank changes of the decoder's attention, merged when saved), refine (the RBM layer's)",
+            "choices": ["captioner", "cross_attention", "lora", "refine"],
         },
     )
     aligned: Optional[str] = field(
@@ -93,9 +101,7 @@ class CaptionerArguments:
     )
     fold: int = field(
         default=0,
-        metadata={
-            "help": "the part that is left out: images for which experiments.reranker.train_reranker then has candidates written"
-        },
+        metadata={"help": "the part that is left out, for which another stage may have captions written"},
     )
     lora_rank: int = field(default=16, metadata={"help": "rank of the changes with --parts lora"})
     cause_tokens: int = field(default=4, metadata={"help": "m, of refine"})
@@ -126,34 +132,40 @@ class CaptionerArguments:
         default=True,
         metadata={"help": "start the output bias at the words' frequencies; false to go on from a trained one"},
     )
-    samples: int = field(
-        default=0, metadata={"help": "captions sampled an image for minimum-risk training; 0: train on the references"}
-    )
-    reference_weight: float = field(
-        default=0.1, metadata={"help": "in minimum-risk training, weight of the usual loss on one reference"}
-    )
     eval_beams: int = field(default=3, metadata={"help": "beams with which the held-back images are captioned"})
     max_new_tokens: int = field(default=20, metadata={"help": "longest caption"})
 
 
+def recipe_flags(parser: HfArgumentParser, file: str) -> list[str]:
+    """The flags that a recipe (YAML) stands for. What is wrong with it is an error of `parser`."""
+    try:
+        recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        parser.error(f"the recipe cannot be read: {error}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"{file} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(recipe, dict):
+        parser.error(f"{file} must have a line `flag: value` for each setting, but holds {recipe!r:.60}")
+    known = {name for action in parser._actions for name in action.option_strings}
+    unknown = sorted(str(key) for key in recipe if f"--{key}" not in known)
+    if unknown:
+        parser.error(f"{file} has keys that are no flags of this stage: {', '.join(unknown)}")
+    flags = []
+    for key, value in recipe.items():
+        flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return flags
+
+
 def parse_arguments(*argument_classes):
-    """Instances of the dataclasses from a recipe (YAML, optional first argument) and flags.
+    """Instances of the dataclasses from a recipe (YAML, optional first argument) and flags, which win over it.
 
     Raises:
         SystemExit: with the message of argparse, or if the recipe has a key that no flag has.
     """
     parser, argv = HfArgumentParser(argument_classes), sys.argv[1:]
     if argv and argv[0].endswith((".yaml", ".yml")):
-        recipe = yaml.safe_load(Path(argv[0]).read_text()) or {}
-        known = {name for action in parser._actions for name in action.option_strings}
-        unknown = sorted(key for key in recipe if f"--{key}" not in known)
-        if unknown:
-            parser.error(f"{argv[0]} has keys that are no flags of this stage: {', '.join(unknown)}")
-        flags = []
-        for key, value in recipe.items():
-            flags += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-        argv = flags + argv[1:]
-    if "--bf16" in argv and argv[argv.index("--bf16") + 1].lower() == "true" and not bf16_is_fast():
+        argv = recipe_flags(parser, argv[0]) + argv[1:]
+    if getattr(parser.parse_args(argv), "bf16", False) and not bf16_is_fast():
         print("bf16 is slower than fp32 on this processor: training in fp32", file=sys.stderr)
         argv = [*argv, "--bf16", "false"]
     if not torch.cuda.is_available() and "--use_cpu" in (o for a in parser._actions for o in a.option_strings):

@@ -1,5 +1,5 @@
-"""Image-caption pairs (`training/lib/pairs.py`): how they are split, the images as the vision tower sees them, the captions as the RBM
-does."""
+"""Image-caption pairs (`training/lib/pairs.py`): how they are split, the images as the vision tower sees them, the
+captions as the RBM does."""
 
 import hashlib
 import tempfile
@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, Image
 from PIL import ImageEnhance, ImageOps
 
-from modeling_blip_rbm.decoding_blip_rbm import word_columns
+from modeling_blip_rbm.generation_blip_rbm import word_columns
 
 
 # How one cached training view differs from the plain image. View 0 is the plain image, view 1 its mirror image, and
@@ -39,7 +39,8 @@ def split_held_back(dataset: Dataset, held_back: int, seed: int = 0) -> tuple[np
 
 
 def fold_of(image_ids: Iterable[str], folds: int, seed: int = 0) -> np.ndarray:
-    """(n,) in which of so many parts an image is, by the hash of its id: the same in every stage, as in `split_held_back`.
+    """(n,) in which of so many parts an image is, by the hash of its id: the same in every stage, as in
+    `split_held_back`.
 
     Other bytes of the hash than those that hold images back, so that both have a share of every part.
     """
@@ -88,7 +89,8 @@ class CaptionWords:
     The words' numbers are in a temporary file, memory-mapped: memory does not grow with them (`benchmarks/scale.py`).
 
     Args:
-        token_ids: of every image, the token ids of each of its captions; gone through once, so that they need not be in memory.
+        token_ids: of every image, the token ids of each of its captions; gone through once, so that they need not be in
+            memory.
     """
 
     def __init__(self, token_ids: Iterable[list[list[int]]], word_ids: list[int], vocab_size: int):
@@ -149,3 +151,26 @@ def caption_words(tokenizer, captions, word_ids) -> CaptionWords:
         tokenizer(list(of_image), add_special_tokens=False)["input_ids"] if of_image else [] for of_image in captions
     )
     return CaptionWords(tokenized, word_ids, len(tokenizer))
+
+
+# Words without content, which the decoder's grammar needs and the image does not decide.
+FUNCTION_WORDS = set(
+    "a an the this that these those some any each every another other his her hers its their theirs my your our he she "
+    "it they them him himself herself itself themselves i you we who whom whose which what where when while as if than "
+    "then so and or but nor not no of in on at by for from with without to into onto off out up down over under through "
+    "across along around about above below behind beside near next between among during after before against toward "
+    "towards upon is are was were be been being am has have had having do does did can could will would may might there "
+    "here very just also too s t".split()
+)
+
+
+def choose_words(tokenizer, captions: Iterable[list[str]], num_words: int) -> list[int]:
+    """Token ids of the most frequent content words (whole word-pieces, letters only), ascending."""
+    counts = torch.zeros(len(tokenizer), dtype=torch.long)
+    for of_image in captions:
+        for ids in tokenizer(list(of_image), add_special_tokens=False)["input_ids"]:
+            counts[torch.tensor(sorted(set(ids)), dtype=torch.long)] += 1
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    content = torch.tensor([token.isalpha() and token not in FUNCTION_WORDS for token in tokens])
+    order = (counts * content).argsort(descending=True, stable=True)[:num_words]
+    return sorted(order[counts[order] > 0].tolist())

@@ -1,7 +1,7 @@
 """Frozen unimodal encoders for alignment: any vision tower, any text encoder, their embeddings computed once.
 
-A vision encoder is a folder or Hub id; `NAME@6,12` takes the hidden states after layers 6 and 12 in the place of the output. A BLIP-RBM
-gives its vision tower.
+A vision encoder is a folder or Hub id; `NAME@6,12` takes the hidden states after layers 6 and 12 in the place of the
+output. A BLIP-RBM gives its vision tower.
 """
 
 import hashlib
@@ -15,13 +15,14 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration
-from modeling_blip_rbm.modeling_blip_rbm import vision_tokens
+from modeling_blip_rbm.vision_blip_rbm import vision_tokens
 from training.lib.checkpoints import write_array
 from training.lib.features import cache_features, tower_fingerprint
 
 
 def load_image_processor(name: str):
-    """The image processor of a vision model, for whole images: captions also speak of what a central crop would cut off."""
+    """The image processor of a vision model, for whole images: captions also speak of what a central crop would cut
+    off."""
     processor = AutoImageProcessor.from_pretrained(name)
     if getattr(processor, "do_center_crop", False):
         processor.size, processor.do_center_crop = dict(processor.crop_size), False
@@ -37,8 +38,8 @@ def load_vision_model(name: str):
 
 @torch.no_grad()
 def states_of_blank(tower, image_processor):
-    """What a tower says of an image without content, (1, N, C) or a feature map: for its shape, as the processor's size need not be the
-    one that the tower was trained on."""
+    """What a tower says of an image without content, (1, N, C) or a feature map: for its shape, as the processor's size
+    need not be the one that the tower was trained on."""
     image = np.zeros((32, 32, 3), np.uint8)
     return tower(image_processor(image, return_tensors="pt")["pixel_values"]).last_hidden_state
 
@@ -63,7 +64,8 @@ class VisionEncoder:
     """A frozen tower with its image processor.
 
     Attributes:
-        pooling: of its tokens: [CLS ; mean] (SAIL, arXiv 2412.04616) where there is a CLS token, the mean of a feature map.
+        pooling: of its tokens: [CLS ; mean] (SAIL, arXiv 2412.04616) where there is a CLS token, the mean of a feature
+            map.
         parts: name and columns of each layer among the pooled features.
     """
 

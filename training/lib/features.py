@@ -2,10 +2,11 @@
 
     python -m training.lib.features --vision google/efficientnet-b2 --dataset flickr8k --split train --views 4
 
-A cache entry is a folder `<cache_dir>/<key>/` of shards `00000.npy`, ... (images, views, N, C) in fp16, or (images, views, V) if they
-are pooled, and `index.json`: their rows and checksums, and what they were computed from. The key is a hash of everything that the
-numbers depend on: tower weights, image processor, image bytes, views, pooling. So an entry is reused by whichever stage asks for the
-same thing, and never used for another. A shard is written under a temporary name and moved; one that is missing or damaged is computed
+A cache entry is a folder `<cache_dir>/<key>/` of shards `00000.npy`, ... (images, views, N, C) in fp16, or (images,
+views, V) if they are pooled, and `index.json`: their rows and checksums, and what they were computed from. The key is a
+hash of everything that the numbers depend on: tower weights, image processor, image bytes, views, pooling. So an entry
+is reused by whichever stage asks for the same thing, and never used for another. A shard is written under a name of its
+process and renamed, so that processes may encode the same images at once; one that is missing or damaged is computed
 again, the others are not.
 """
 
@@ -13,9 +14,7 @@ import argparse
 import errno
 import hashlib
 import json
-import os
 import shutil
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -27,9 +26,10 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from modeling_blip_rbm.modeling_blip_rbm import folded_tower, image_tokens, pool_tokens
+from modeling_blip_rbm.inference_blip_rbm import fast_tower, image_tokens
+from modeling_blip_rbm.vision_blip_rbm import pool_tokens
 from training.lib.arguments import bf16_is_fast
-from training.lib.checkpoints import write_json
+from training.lib.checkpoints import checksum, whole_file, write_json
 from training.lib.data import image_view, images_fingerprint
 from training.lib.pairs import PairStream, load_pairs, read_pairs
 
@@ -49,11 +49,12 @@ def tower_fingerprint(tower: torch.nn.Module) -> str:
 
 
 class FeatureStore(torch.utils.data.Dataset):
-    """Cached tower outputs by row number: `store[i]` is (views, N, C), `store.view(i, v)` is (N, C), fp16 arrays; pooled: V for N, C."""
+    """Cached tower outputs by row number: `store[i]` is (views, N, C), `store.view(i, v)` is (N, C), fp16 arrays;
+    pooled: V for N, C."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, index: Optional[dict] = None):
         self.folder = Path(folder)
-        self.index = json.loads((self.folder / "index.json").read_text())
+        self.index = index or read_index(self.folder)
         self.shards = [np.load(self.folder / shard["file"], mmap_mode="r") for shard in self.index["shards"]]
         self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
 
@@ -101,8 +102,8 @@ def cache_features(
     """Encode every image of `dataset` in `views` views, or find that it has been done.
 
     Args:
-        dtype: in which the tower computes: "float32", "bfloat16" (autocast), or "auto": that of what is cached already, else
-            whichever is faster on this processor. Features are kept in fp16 either way.
+        dtype: in which the tower computes: "float32", "bfloat16" (autocast), or "auto": that of what is cached already,
+            else whichever is faster on this processor. Features are kept in fp16 either way.
         pooling: keep `pool_tokens` of each view only, which is all that an RBM needs.
 
     Raises:
@@ -124,21 +125,38 @@ def cache_features(
     if not writer.complete:
         tokens = FeatureWriter(cache_dir, settings | {"pooling": None})  # what another stage may have computed already
         encoder = Encoder(
-            tower, image_processor, settings, batch_size, FeatureStore(tokens.folder) if tokens.complete else None
+            tower,
+            image_processor,
+            settings,
+            batch_size,
+            FeatureStore(tokens.folder, tokens.index) if tokens.complete else None,
         )
         writer.write(encoder, dataset)
-    return FeatureStore(writer.folder)
+    return FeatureStore(writer.folder, writer.index)  # not the file: a process that encodes the same may be behind
 
 
 def entry(cache_dir: str | Path, settings: dict) -> tuple[Path, dict]:
     """The folder of the features of these settings, and its index: {} if nothing was encoded yet."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    index_file = Path(cache_dir) / key / "index.json"
-    return index_file.parent, json.loads(index_file.read_text()) if index_file.exists() else {}
+    folder = Path(cache_dir) / key
+    return folder, read_index(folder)
+
+
+def read_index(folder: Path) -> dict:
+    """The index of a cache entry; {} if there is none, or if it is damaged."""
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        whole = "dtype" in index["settings"] and all(
+            shard["file"] == f"{number:05}.npy" and isinstance(shard["rows"], int) and isinstance(shard["crc32"], int)
+            for number, shard in enumerate(index["shards"])
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+    return index if whole else {}
 
 
 def automatic_dtype(cache_dir: str | Path, settings: dict) -> str:
-    """Which is faster is a measurement, and differs between two runs or two processes: what exists decides before it."""
+    """Which is faster differs between two machines that share a cache: what is there already decides first."""
     for pooling in (settings["pooling"], None):
         indices = [
             entry(cache_dir, settings | {"dtype": dtype, "pooling": pooling})[1] for dtype in ("float32", "bfloat16")
@@ -147,15 +165,6 @@ def automatic_dtype(cache_dir: str | Path, settings: dict) -> str:
         if furthest.get("shards"):
             return furthest["settings"]["dtype"]
     return "bfloat16" if bf16_is_fast() else "float32"
-
-
-def checksum(file: Path) -> int:
-    """CRC-32, read in pieces."""
-    crc = 0
-    with file.open("rb") as opened:
-        while piece := opened.read(2**22):
-            crc = zlib.crc32(piece, crc)
-    return crc
 
 
 class FeatureWriter:
@@ -182,11 +191,18 @@ class FeatureWriter:
     def complete(self) -> bool:
         return self.finished and not self.broken
 
+    @property
+    def index(self) -> dict:
+        names = ("shards", "finished", "dropped", "settings")
+        return {name: getattr(self, name) for name in names}
+
     def write(self, encoder: "Encoder", dataset: Dataset | PairStream):
         """Compute the broken shards, then those that are still to come."""
         starts = np.cumsum([0, *(shard["rows"] for shard in self.shards)]).tolist()
         known = len(dataset) if isinstance(dataset, Dataset) else None
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.index_file.exists() and not self.shards:
+            print(f"{self.index_file} is damaged: encoding its images again")
         with tqdm(total=known, desc=f"encode images x {self.settings['views']} views") as bar:
             bar.update(starts[-1] - sum(self.shards[number]["rows"] for number in self.broken))
             for number in self.broken:
@@ -219,29 +235,27 @@ class FeatureWriter:
         if needed > free:
             raise OSError(
                 errno.ENOSPC,
-                f"features of the images still to encode take {needed / 2**20:,.0f} MB, but {self.folder} has {free / 2**20:,.0f} MB left: "
-                "give another --cache_dir, or fewer --views. What was encoded so far is kept",
+                f"features of the images still to encode take {needed / 2**20:,.0f} MB, but {self.folder} has "
+                f"{free / 2**20:,.0f} MB left: give another --cache_dir, or fewer --views. What was "
+                "encoded so far is kept",
             )
 
     def write_shard(self, number: int, pairs: list[dict], features: np.ndarray, dataset):
         entry = {"file": f"{number:05}.npy", "rows": len(features)}
-        temporary = self.folder / "unfinished.npy"
-        np.save(temporary, features)
-        entry["crc32"] = checksum(temporary)
-        os.replace(temporary, self.folder / entry["file"])
+        with whole_file(self.folder / entry["file"]) as temporary:
+            with temporary.open("wb") as file:
+                np.save(file, features)
+            entry["crc32"] = checksum(temporary)
         if isinstance(dataset, PairStream):
             entry["pairs"] = f"{number:05}.jsonl"
-            temporary.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-            entry["pairs_crc32"] = checksum(temporary)
-            os.replace(temporary, self.folder / entry["pairs"])
+            with whole_file(self.folder / entry["pairs"]) as temporary:
+                temporary.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+                entry["pairs_crc32"] = checksum(temporary)
         self.shards[number : number + 1] = [entry]
         self.write_index()
 
     def write_index(self):
-        write_json(
-            self.index_file,
-            {"shards": self.shards, "finished": self.finished, "dropped": self.dropped, "settings": self.settings},
-        )
+        write_json(self.index_file, self.index)
 
 
 def rows_from(dataset: Dataset | PairStream, start: int) -> Iterator[dict]:
@@ -260,7 +274,7 @@ class Encoder:
 
     def __init__(self, tower, image_processor, settings: dict, batch_size: int, tokens: Optional[FeatureStore] = None):
         self.device = next(tower.parameters()).device
-        self.tower, self.image_processor, self.settings = folded_tower(tower), image_processor, settings
+        self.tower, self.image_processor, self.settings = fast_tower(tower), image_processor, settings
         self.tokens = tokens
         self.images_per_batch = max(1, batch_size // settings["views"])
 
@@ -288,7 +302,7 @@ class Encoder:
         return min(SHARD_ROWS, max(1, SHARD_BYTES // self.features([image["image"]], 0).nbytes))
 
     def encode(self, rows: Iterable[dict], start: int, bar) -> tuple[list[dict], Optional[np.ndarray]]:
-        """What is kept of the rows beside their images, and the features of the images, of which `start` is the first one's number."""
+        """What is kept of the rows beside their images, and the features; `start` is the first image's number."""
         pairs, features = [], []
         rows = iter(rows)
         while batch := list(islice(rows, self.images_per_batch)):

@@ -1,28 +1,27 @@
-"""Image-caption pairs from whatever a person has: a Hub id, parquet, Arrow, an imagefolder, COCO captions, CSV or JSON lines.
+"""Image-caption pairs from whatever a person has (`readers.py`): what can be used, and what had to be left out.
 
 python -m training.pairs --dataset my-photos --split train        # what would be read, and what dropped
 """
 
 import argparse
 import hashlib
-import io
-import json
+import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Optional
 
 import pyarrow
-from datasets import Dataset, Image, load_dataset, load_from_disk
-from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
+from datasets import Dataset, Features, Image, Value
 
 from training.lib.checkpoints import write_json
+from training.lib.image_files import ImageFinder, UnusableImage, check_batch, check_images
+from training.lib.readers import Columns, Row, Source, caption_values, read_source
 
 
-IMAGE_COLUMNS = ("image", "img", "image_path", "file_name", "filename", "path", "jpg", "png")
-CAPTION_COLUMNS = ("captions", "caption", "text", "texts", "sentences", "raw", "txt", "description")
-ID_COLUMNS = ("image_id", "id", "img_id")
+NAMED = 5  # so many of the dropped are named
+ASKED = 20_000  # about so many captions, evenly spread, tell whether a vocabulary lacks words
 
 
 @dataclass
@@ -40,271 +39,368 @@ class PairsCard:
     modes: dict[str, int]  # RGB, L, ...
     not_ascii: int  # captions that hold other than ASCII letters
     dropped: dict[str, int]
+    names: dict[str, list[str]] = field(default_factory=dict)  # the first of the dropped, by reason
+    splits: dict[str, int] = field(default_factory=dict)  # rows of every split that was found
+    repeated_captions: int = 0  # that their image has already; kept
+    repeated_images: int = 0  # of the same content as one before, under another id or path; kept
+    shared_ids: int = 0  # images whose id another one has already: theirs was made longer
 
     def __str__(self):
         least, mean, most = self.captions_per_image
         lines = [
-            f"{self.source} ({self.split}): {self.images:,} images, {self.captions:,} captions ({least} to {most} an image, "
-            f"{mean:.1f} on average; {self.words_per_caption[1]:.1f} words each)",
-            f"  sides {self.sides[0]} to {self.sides[1]} pixels; modes {self.modes}; captions not ASCII: {self.not_ascii:,}",
+            f"{self.source} ({self.split}): {self.images:,} images, {self.captions:,} captions ({least} to {most} an "
+            f"image, {mean:.1f} on average; {self.words_per_caption[1]:.1f} words each)",
+            f"  sides {self.sides[0]} to {self.sides[1]} pixels; modes {self.modes}; captions not ASCII: "
+            f"{self.not_ascii:,}",
         ]
-        lines += [f"  dropped {number:,}: {reason}" for reason, number in self.dropped.items()]
+        if len(self.splits) > 1:
+            lines.append("  splits: " + ", ".join(f"{name} {rows:,}" for name, rows in self.splits.items()))
+        notes = {
+            "captions that their image has already": self.repeated_captions,
+            "images of the same content as one before": self.repeated_images,
+            "images whose id another image has: theirs was made longer": self.shared_ids,
+        }
+        lines += [f"  kept {number:,}: {what}" for what, number in notes.items() if number]
+        for reason, number in self.dropped.items():
+            named = self.names.get(reason, [])
+            more = ", ..." * (number > len(named))
+            lines.append(f"  dropped {number:,}: {reason}" + f" ({'; '.join(named)}{more})" * bool(named))
         return "\n".join(lines)
 
 
-def find_column(columns, wanted: str | None, known: tuple[str, ...], what: str) -> str:
-    """The column that was asked for, or the first that is known.
+class Drops:
+    """What is left out: `counts` by reason, and the first `names`."""
+
+    def __init__(self):
+        self.counts, self.names = Counter(), {}
+
+    def add(self, reason: str, row: Row, number: int = 1):
+        self.counts[reason] += number
+        named = self.names.setdefault(reason, [])
+        image = row.image.get("path") if isinstance(row.image, dict) else row.image
+        if len(named) < NAMED and isinstance(image, str):
+            named.append(f"{image[:99]!r}" + f" in {row.where}" * (image != row.where))
+        elif len(named) < NAMED:
+            named.append(row.where)
+
+
+def clean_captions(row: Row, drops: Drops) -> list[str]:
+    """The captions of a row, white space as single blanks; empty ones are dropped."""
+    values = caption_values(row.captions)
+    captions = [" ".join(text.split()) for text in values if text and text.strip()]
+    if not captions:
+        drops.add("no caption", row)
+    elif empty := len(values) - len(captions):
+        drops.add("empty caption", row, empty)
+    return captions
+
+
+def find_image(image, find: ImageFinder) -> tuple[dict, str]:
+    """An image as {"bytes", "path"}, and what tells it from others: its file, or the hash of its bytes.
 
     Raises:
-        ValueError: if there is none, with what there is.
+        UnusableImage: if there is none.
     """
-    if wanted is not None and wanted not in columns:
-        raise ValueError(f"there is no column {wanted!r} for the {what}; the data have {sorted(columns)}")
-    column = wanted or next((name for name in known if name in columns), None)
-    if column is None:
-        raise ValueError(
-            f"no column for the {what} was found among {sorted(columns)}; say which it is with --{what}_column (known by "
-            f"themselves: {', '.join(known)})"
-        )
-    return column
+    image = {"bytes": image} if isinstance(image, bytes) else {"path": image} if isinstance(image, str) else image
+    content, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
+    if content:
+        return {"bytes": content, "path": path}, hashlib.sha256(content).hexdigest()
+    if not path or not path.strip():
+        raise UnusableImage("no image")
+    file = find(path)
+    return {"bytes": None, "path": file}, file
 
 
-def read_table(path: str, split: str):
-    """The rows as they are: a dataset, and the folder that relative image paths are meant from."""
-    file = Path(path)
-    if file.suffix == ".json" and file.is_file():
-        return read_coco(file), file.parent
-    if file.suffix in (".csv", ".tsv", ".jsonl") and file.is_file():
-        kind, extra = (
-            ("json", {}) if file.suffix == ".jsonl" else ("csv", {"sep": "\t" if file.suffix == ".tsv" else ","})
-        )
-        part = "train" + split[split.index("[") :] if "[" in split else "train"  # a file is one split
-        return load_dataset(kind, data_files=str(file), split=part, **extra), file.parent
-    if (file / "dataset_info.json").exists() or (file / "dataset_dict.json").exists():
-        saved = load_from_disk(str(file))
-        return (saved[split] if hasattr(saved, "keys") else saved), file
-    if file.suffix and not file.exists() and len(file.parts) > 2:
-        raise ValueError(f"{path}: no such file or folder")
-    return load_dataset(str(path), split=split), file
+class ImageIds:
+    """Which rows are of one image, and its id: the id and the image's file or content must be the same. An id that
+    another image has is made longer, for the ids tell which images are held back."""
+
+    def __init__(self, folders: list[str]):
+        self.folders, self.ids, self.owners, self.shared = folders, {}, {}, 0
+
+    def __call__(self, row: Row, number: int, image: dict, identity: str) -> tuple[tuple, str]:
+        """The image's key, and its id."""
+        key = (row.image_id if row.names_image else None, identity)
+        if key not in self.ids:
+            name = row.image if isinstance(row.image, str) else image["path"] if not image["bytes"] else None
+            folder = next((folder for folder in self.folders if name and name.startswith(folder + os.sep)), None)
+            name = os.path.relpath(name, folder) if folder and not isinstance(row.image, str) else name
+            image_id = row.image_id or name or str(number)
+            if self.owners.setdefault(image_id, key) != key:
+                image_id += "-" + hashlib.sha256((name or identity).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+                self.shared += 1
+            self.ids[key] = image_id
+        return key, self.ids[key]
 
 
-def read_coco(file: Path) -> Dataset:
-    """COCO's captions_*.json: `images` with ids and file names, `annotations` with captions.
-
-    Raises:
-        ValueError: if the file is of another kind.
-    """
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not {"images", "annotations"} <= set(content):
-        raise ValueError(
-            f"{file} is no COCO caption file: it lacks 'images' or 'annotations'. For JSON lines, name it .jsonl"
-        )
-    captions = {}
-    for annotation in content["annotations"]:
-        captions.setdefault(annotation["image_id"], []).append(annotation.get("caption"))
-    return Dataset.from_dict(
-        {
-            "image": [image["file_name"] for image in content["images"]],
-            "captions": [captions.get(image["id"], []) for image in content["images"]],
-            "image_id": [str(image["id"]) for image in content["images"]],
-        }
-    )
-
-
-def clean_captions(value) -> list[str]:
-    """The captions of a row: one text, or a list of them; without empty ones."""
-    values = [value] if isinstance(value, str) else list(value or [])
-    return [" ".join(text.split()) for text in values if isinstance(text, str) and text.strip()]
-
-
-def image_header(image: dict | str | None, folder: Path) -> tuple[dict, tuple[int, int], str]:
-    """A row's image as {"bytes", "path"}, its size and mode; only the head of the file is decoded.
-
-    Raises:
-        ValueError: why it cannot be used.
-    """
-    if isinstance(image, str):
-        image = {"bytes": None, "path": image}
-    if not image or not (image.get("bytes") or image.get("path")):
-        raise ValueError("no image")
-    if not image.get("bytes"):
-        path = Path(image["path"])
-        path = path if path.is_absolute() or path.exists() else folder / path
-        if not path.is_file():
-            raise ValueError("image file is missing")
-        image = {"bytes": None, "path": str(path)}
-    try:
-        with PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
-            return image, opened.size, opened.mode
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        raise ValueError("image cannot be read") from None
-
-
-def content_hash(image: dict) -> bytes | None:
-    """Of an image's encoded bytes, if the data hold them."""
-    return hashlib.sha256(image["bytes"]).digest() if image.get("bytes") else None
-
-
-def collect(table: Dataset, folder: Path, image_column: str, caption_column: str, id_column: str | None):
-    """Rows of one image each, in the order of their first appearance; and what was dropped, seen and measured."""
-    rows, dropped, modes, sides = {}, Counter(), Counter(), []
-    if isinstance(table.features[image_column], Image):
-        table = table.cast_column(image_column, Image(decode=False))
-    for number, row in enumerate(table.select_columns([c for c in (image_column, caption_column, id_column) if c])):
-        captions = clean_captions(row[caption_column])
+def collect(source: Source, drops: Drops) -> tuple[list[dict], int, int]:
+    """The images in the order of their first appearance, not opened yet; the number of rows, and of images whose id
+    another one has."""
+    find, images, number = ImageFinder(source.folders), {}, -1
+    ids = ImageIds(find.folders)
+    for number, row in enumerate(source.rows()):
+        captions = clean_captions(row, drops)
         if not captions:
-            dropped["no caption"] += 1
-            continue
-        image = row[image_column]
-        path = image if isinstance(image, str) else None
-        key = str(row[id_column]) if id_column else path or str(number)
-        if key in rows:
-            same = path is not None or (image and content_hash(image) == rows[key]["hash"])
-            if same:  # one caption a row
-                rows[key]["captions"] += captions
-            else:
-                dropped["image id stands for another image already"] += 1
             continue
         try:
-            image, size, mode = image_header(image, folder)
-        except ValueError as reason:
-            dropped[str(reason)] += 1
+            image, identity = find_image(row.image, find)
+        except UnusableImage as reason:
+            drops.add(str(reason), row)
             continue
-        # the image itself stays on disk: memory does not grow with the size of the images
-        rows[key] = {
-            "path": image["path"],
-            "hash": content_hash(image),
-            "captions": captions,
-            "image_id": key,
-            "row": number,
-        }
-        modes[mode] += 1
-        sides += size
-    return list(rows.values()), dropped, modes, sides
+        key, image_id = ids(row, number, image, identity)
+        if key not in images:
+            state = identity
+            if not image["bytes"]:
+                stat = os.stat(image["path"])
+                state = f"{identity}|{stat.st_size}|{stat.st_mtime_ns}"
+            # the image itself stays on disk: memory does not grow with the size of the images
+            name = row._replace(image=image["path"], captions=None)
+            images[key] = {
+                "captions": [],
+                "rows": 0,
+                "number": number,
+                "state": state,
+                "row": name,
+                "image_id": image_id,
+            }
+            images[key]["path"] = None if image["bytes"] else image["path"]
+        images[key]["captions"] += captions
+        images[key]["rows"] += 1
+    return list(images.values()), number + 1, ids.shared
+
+
+def images_of(source: Source, images: list[dict]) -> Dataset:
+    """A data set with the column `image` of these images: memory-mapped where the data hold them, else by path."""
+    if images and all(image["path"] is None for image in images):
+        table = source.table.select([image["number"] for image in images]).select_columns(source.image_column)
+        table = table if source.image_column == "image" else table.rename_column(source.image_column, "image")
+        return table.cast_column("image", Image())
+    content = [{"bytes": None, "path": image["path"]} for image in images]
+    for image, found in zip(images, content):
+        if image["path"] is None:  # some in the data, others in files
+            found["bytes"] = source.table[image["number"]][source.image_column]["bytes"]
+    features = Features({"image": {"bytes": Value("binary"), "path": Value("string")}})
+    return Dataset.from_dict({"image": content}, features=features).cast_column("image", Image())
 
 
 def spread(numbers) -> tuple[int, float, int]:
     return min(numbers, default=0), sum(numbers) / max(len(numbers), 1), max(numbers, default=0)
 
 
+def nothing_left(path, split: str, rows: int, drops: Drops, folders: list[Path]) -> ValueError:
+    """What to say if no row can be used."""
+    example = next((f", such as {names[0]}" for names in drops.names.values() if names), "")
+    said = f"{path} ({split}): none of its {rows} rows can be used: {dict(drops.counts) or 'it is empty'}{example}"
+    if drops.counts["image file is missing"]:
+        said += (
+            f". Image files were looked for in {ImageFinder(folders)}; if they are elsewhere, say where with "
+            "--image_dir. If the data are captions without images, they cannot be used here"
+        )
+    return ValueError(said)
+
+
 def read_pairs(
-    path: str, split: str, image_column: str | None = None, caption_column: str | None = None
+    path: str | Path,
+    split: str,
+    image_column: Optional[str] = None,
+    caption_column: Optional[str] = None,
+    image_dir: Optional[str] = None,
 ) -> tuple[Dataset, PairsCard]:
     """All usable pairs of a source, and what was read and dropped.
 
+    Every image is decoded once, to know that it can be; later calls remember it.
+
     Args:
-        path: a Hub id; a local folder (parquet, Arrow, imagefolder with metadata.csv or .jsonl); a file: COCO captions (.json), .csv,
-            .tsv, .jsonl. One caption a row or several; rows of one image are put together.
+        path: a Hub id; a local folder (Parquet, Arrow, imagefolder with metadata.csv or .jsonl, text files beside the
+            images); a file: captions of COCO, Karpathy, BLIP or Kaggle, CSV, JSON lines (see
+            `training/lib/readers.py`). One caption a row or several; rows of one image are put together.
         split: name of the split, or a slice such as "train[:100]".
         image_column, caption_column: their names, if they are not the usual ones.
+        image_dir: the folder that relative image paths are meant from, if not the data file's.
 
     Returns:
         A dataset with the columns `image` (PIL when read), `captions` (list of str) and `image_id` (str), and its card.
 
     Raises:
-        ValueError: if a column is missing, or nothing usable is left.
+        ValueError: if a column is missing, a file or line is damaged, or nothing usable is left.
     """
-    table, folder = read_table(str(path), split)
+    source, drops = read_source(str(path), split, Columns(image_column, caption_column, image_dir)), Drops()
     # what reading took, and keeps in case it is needed again: 60 MB for 24,000 images
     pyarrow.default_memory_pool().release_unused()
-    columns = table.column_names
-    image_column = find_column(columns, image_column, IMAGE_COLUMNS, "image")
-    caption_column = find_column(columns, caption_column, CAPTION_COLUMNS, "caption")
-    id_column = next((name for name in ID_COLUMNS if name in columns and name != image_column), None)
-    rows, dropped, modes, sides = collect(table, folder, image_column, caption_column, id_column)
-    if not rows:
-        raise ValueError(
-            f"{path} ({split}): none of its {len(table)} rows can be used: {dict(dropped) or 'it is empty'}"
-        )
-    captions = [caption for row in rows for caption in row["captions"]]
-    card = PairsCard(
-        source=str(path),
-        split=split,
-        rows=len(table),
-        images=len(rows),
-        captions=len(captions),
-        captions_per_image=spread([len(row["captions"]) for row in rows]),
-        words_per_caption=spread([len(caption.split()) for caption in captions]),
-        sides=(min(sides), max(sides)),
-        modes=dict(modes),
-        not_ascii=sum(not caption.isascii() for caption in captions),
-        dropped=dict(dropped),
-    )
-    if isinstance(table.features[image_column], Image):  # stays memory-mapped: no image is copied
-        pairs = table.select([row["row"] for row in rows]).select_columns(image_column)
-        pairs = pairs if image_column == "image" else pairs.rename_column(image_column, "image")
-    else:
-        pairs = Dataset.from_dict({"image": [row["path"] for row in rows]}).cast_column("image", Image())
+    images, rows, shared_ids = collect(source, drops)
+    if source.outside:
+        drops.counts[f"outside of the folders of the splits ({', '.join(source.splits)})"] = source.outside
+    checks = check_images(images_of(source, images), [image["state"] for image in images]).to_list() if images else []
+    kept = []
+    for image, check in zip(images, checks):
+        if check["problem"]:
+            drops.add(check["problem"], image["row"], image["rows"])
+        else:
+            kept.append(image | check)
+    if not kept:
+        raise nothing_left(path, split, rows, drops, source.folders)
+    card = card_of(str(path), split, kept, rows, drops)
+    card.splits, card.shared_ids = source.splits, shared_ids
+    pairs = images_of(source, kept)
     for column in ("captions", "image_id"):
-        pairs = pairs.add_column(column, [row[column] for row in rows])
+        pairs = pairs.add_column(column, [image[column] for image in kept])
     return pairs, card
 
 
-def load_pairs(path: str, split: str, max_images: int | None = None, **columns) -> Dataset:
+def card_of(path: str, split: str, images: list[dict], rows: int, drops: Drops) -> PairsCard:
+    """The card of images as `collect` gives them, with what `check_images` found."""
+    captions = [caption for image in images for caption in image["captions"]]
+    sides = [side for image in images for side in (image["width"], image["height"])]
+    return PairsCard(
+        source=path,
+        split=split,
+        rows=rows,
+        images=len(images),
+        captions=len(captions),
+        captions_per_image=spread([len(image["captions"]) for image in images]),
+        words_per_caption=spread([len(caption.split()) for caption in captions]),
+        sides=(min(sides), max(sides)),
+        modes=dict(Counter(image["mode"] for image in images)),
+        not_ascii=sum(not caption.isascii() for caption in captions),
+        dropped=dict(drops.counts),
+        names=drops.names,
+        repeated_captions=len(captions) - sum(len(set(image["captions"])) for image in images),
+        repeated_images=len(images) - len({image["digest"] for image in images}),
+    )
+
+
+def load_pairs(path: str | Path, split: str, max_images: Optional[int] = None, **columns) -> Dataset:
     """The pairs of `read_pairs`, the first `max_images` of them; prints what was dropped."""
     dataset, card = read_pairs(path, split, **columns)
-    if card.dropped:
+    if card.dropped or card.shared_ids:
         print(card)
     return dataset if max_images is None else dataset.select(range(min(max_images, len(dataset))))
 
 
-class PairStream:
-    """The pairs of a source one after the other, `{image, captions, image_id}`, never all on disk. Rows of one image are put together if
-    they follow one another. What cannot be used is counted in `dropped`.
+def read_texts(path: str | Path, split: str = "train", caption_column: Optional[str] = None) -> list[list[str]]:
+    """The captions of every image of a source, in its order. The images need not exist: `{"image_id": 9, "captions":
+    [...]}` is enough.
+
+    Raises:
+        ValueError: as `read_pairs`.
+    """
+    source, drops, texts = read_source(str(path), split, Columns(None, caption_column, need_image=False)), Drops(), {}
+    for number, row in enumerate(source.rows()):
+        name = row.image if isinstance(row.image, str) and row.image else None
+        key = (row.image_id if row.names_image else None, name)
+        captions = clean_captions(row, drops)
+        if captions:
+            texts.setdefault(key if any(key) else number, []).extend(captions)
+    if not texts:
+        raise ValueError(f"{path} ({split}) holds no caption: {dict(drops.counts) or 'it is empty'}")
+    for reason, number in drops.counts.items():
+        print(f"{path} ({split}): dropped {number:,}: {reason}")
+    return list(texts.values())
+
+
+def unknown_token_message(captions: Iterable, tokenizer, least: float = 0.01) -> Optional[str]:
+    """What to say if a tokenizer lacks words of the captions: a model that learns from them learns to say [UNK].
 
     Args:
-        path: a Hub id, or a local folder of parquet files or images.
+        captions: texts, or lists of texts.
+        tokenizer: a fast tokenizer of transformers.
+        least: the share of the words from which it is worth a word.
+
+    Returns:
+        One sentence with the share and examples, or None.
+    """
+    texts = [text for of_image in captions for text in ([of_image] if isinstance(of_image, str) else of_image)]
+    texts = texts[:: 1 + len(texts) // ASKED]
+    words, unknown, unk = 0, Counter(), tokenizer.unk_token_id
+    for start in range(0, len(texts), 1024) if unk is not None else ():
+        some = texts[start : start + 1024]
+        for text, encoding in zip(some, tokenizer(some, add_special_tokens=False).encodings or []):
+            words += len(set(encoding.word_ids))
+            if unk in (ids := encoding.ids):
+                spans = {word: span for i, word, span in zip(ids, encoding.word_ids, encoding.offsets) if i == unk}
+                unknown.update(text[begin:end] for begin, end in spans.values())
+    share = unknown.total() / max(words, 1)
+    if share < least or not unknown:
+        return None
+    examples = ", ".join(repr(word) for word, _ in unknown.most_common(5))
+    return (
+        f"{100 * share:.0f} % of the words of the captions are not in the vocabulary ({tokenizer.unk_token}): "
+        f"{examples}. A model trained on them cannot say them: take a decoder and tokenizer of the captions' language, "
+        "or translate the captions"
+    )
+
+
+class PairStream:
+    """The pairs of a source one after the other, `{image, captions, image_id}`, never all on disk.
+
+    Rows of one image are put together if they follow one another. What cannot be used is counted in `dropped`.
+
+    Args:
+        path: a Hub id, or a local folder or file as in `read_pairs`.
         max_images: end after so many.
     """
 
-    def __init__(self, path: str, split: str, max_images: int | None = None, image_column=None, caption_column=None):
+    def __init__(
+        self,
+        path: str | Path,
+        split: str,
+        max_images: Optional[int] = None,
+        image_column: Optional[str] = None,
+        caption_column: Optional[str] = None,
+        image_dir: Optional[str] = None,
+    ):
         self.path, self.split, self.max_images = str(path), split, max_images
-        # a shard a row group: of a larger one the reader takes up to a gigabyte ahead
-        self.table = load_dataset(self.path, split=split, streaming=True).reshard()
-        columns = self.table.column_names or list(next(iter(self.table), {}))
-        self.image_column = find_column(columns, image_column, IMAGE_COLUMNS, "image")
-        self.caption_column = find_column(columns, caption_column, CAPTION_COLUMNS, "caption")
-        self.id_column = next((name for name in ID_COLUMNS if name in columns and name != self.image_column), None)
-        self.dropped = Counter()
+        self.columns = Columns(image_column, caption_column, image_dir)
+        self.source, self.drops = read_source(self.path, split, self.columns, streaming=True), Drops()
+
+    @property
+    def dropped(self) -> Counter:
+        return self.drops.counts
 
     @property
     def fingerprint(self) -> str:
         """Of where the pairs come from: the images themselves cannot be known before they are read."""
         source = self.path if not Path(self.path).exists() else str(Path(self.path).resolve())
-        return f"stream of {source}, {self.split}, {self.max_images}, {self.image_column}, {self.caption_column}"
+        image = self.source.image_column or self.columns.image
+        moved = f", {self.columns.image_dir}" if self.columns.image_dir else ""
+        return f"stream of {source}, {self.split}, {self.max_images}, {image}, {self.columns.caption}{moved}"
 
     def rows(self) -> Iterator[dict]:
         """One row an image, unless another image stands between its rows."""
-        table = self.table.cast_column(self.image_column, Image(decode=False))
-        pending = None
-        for number, row in enumerate(table):
-            captions = clean_captions(row[self.caption_column])
+        find = ImageFinder(self.source.folders)
+        ids, pending = ImageIds(find.folders), None
+        for number, row in enumerate(self.source.rows()):
+            captions = clean_captions(row, self.drops)
             if not captions:
-                self.dropped["no caption"] += 1
                 continue
             try:
-                image, _, _ = image_header(row[self.image_column], Path(self.path))
-            except ValueError as reason:
-                self.dropped[str(reason)] += 1
+                image, identity = find_image(row.image, find)
+            except UnusableImage as reason:
+                self.drops.add(str(reason), row)
                 continue
-            key = str(row[self.id_column]) if self.id_column else image["path"] or str(number)
-            if pending and pending["image_id"] == key:
+            key, image_id = ids(row, number, image, identity)
+            if pending and pending["key"] == key:
                 pending["captions"] += captions
                 continue
             if pending:
                 yield pending
-            pending = {"image": image, "captions": captions, "image_id": key}
+            name = row._replace(image=image["path"])
+            pending = {"image": image, "captions": captions, "image_id": image_id, "key": key, "row": name}
         if pending:
             yield pending
 
     def __iter__(self) -> Iterator[dict]:
-        self.dropped.clear()
-        for number, row in enumerate(self.rows()):
+        self.drops, number = Drops(), 0
+        for row in self.rows():
             if number == self.max_images:
                 return
-            image = row["image"]
-            opened = PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
-            yield row | {"image": opened}
+            if problem := check_batch({"image": [row["image"]]})["problem"][0]:
+                self.drops.add(problem, row["row"])
+                continue
+            number += 1
+            yield {name: row[name] for name in ("captions", "image_id")} | {
+                "image": Image().decode_example(row["image"])
+            }
 
     def __repr__(self):
         return f"{self.path} ({self.split}, streamed)"
@@ -316,9 +412,10 @@ def main():
     parser.add_argument("--split", default="train")
     parser.add_argument("--image_column")
     parser.add_argument("--caption_column")
+    parser.add_argument("--image_dir", help="folder that relative image paths are meant from, if not the data file's")
     parser.add_argument("--output", help="save the card as JSON")
     args = parser.parse_args()
-    _, card = read_pairs(args.dataset, args.split, args.image_column, args.caption_column)
+    _, card = read_pairs(args.dataset, args.split, args.image_column, args.caption_column, args.image_dir)
     print(card)
     if args.output:
         write_json(args.output, asdict(card))

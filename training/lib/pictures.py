@@ -93,7 +93,8 @@ def draw(folder, model, processor, store, images, captions, scores, difference: 
     """Every picture of an evaluation of BLIP-RBM against BLIP.
 
     Args:
-        images: PIL by row number. captions, scores: of "BLIP" and "BLIP-RBM". difference: of CIDEr-D, as `differences` gives it.
+        images: PIL by row number. captions, scores: of "BLIP" and "BLIP-RBM". difference: of CIDEr-D, as `differences`
+            gives it.
     """
     folder = Path(folder)
     change = 100 * (scores["BLIP-RBM"]["cider"] - scores["BLIP"]["cider"])

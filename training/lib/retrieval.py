@@ -24,13 +24,15 @@ def recalls(similarity: torch.Tensor, owner: torch.Tensor) -> dict[str, float]:
 
 
 def without_hubs(similarity, bank_images, bank_captions, temperature: float = 1.0, weight: float = 1.0) -> torch.Tensor:
-    """Similarities (n, m) less what each caption and each image has with a bank of others, log-mean-exp over it / temperature.
+    """Similarities (n, m) less what each caption and each image has with a bank of others, log-mean-exp over it /
+    temperature.
 
-    A caption that is like most images, a hub, is no sign that an image is its own: querybank normalisation (Bogolin et al., CVPR 2022), by
-    the inverted softmax (Smith et al., ICLR 2017).
+    A caption that is like most images, a hub, is no sign that an image is its own: querybank normalisation (Bogolin et
+    al., CVPR 2022), by the inverted softmax (Smith et al., ICLR 2017).
 
     Args:
-        bank_images (r, m): similarity of the bank's images to these captions. bank_captions (n, s): of these images to the bank's captions.
+        bank_images (r, m): similarity of the bank's images to these captions. bank_captions (n, s): of these images to
+            the bank's captions.
         temperature: the higher, the more only the nearest of the bank count.
     """
     usual = [

@@ -19,8 +19,8 @@ from training.lib.metrics import CiderD, bleu, corpus_diversity, rouge_l
 
 
 class CaptionCollator:
-    """Rows {image, captions} as a batch: pixel_values, labels and input_ids [DEC] w1 ... wn [SEP] of one caption of each, a random one
-    unless `first`."""
+    """Rows {image, captions} as a batch: pixel_values, labels and input_ids [DEC] w1 ... wn [SEP] of one caption of
+    each, a random one unless `first`."""
 
     def __init__(self, processor, first: bool = False):
         self.processor, self.first = processor, first
@@ -36,7 +36,8 @@ class CaptionCollator:
 class CaptionSeq2SeqTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer whose captions are written from the image alone.
 
-    Seq2SeqTrainer hands all inputs to `generate`, so BLIP is given the right caption as its prompt, and is rated for repeating it.
+    Seq2SeqTrainer hands all inputs to `generate`, so BLIP is given the right caption as its prompt, and is rated for
+    repeating it.
     """
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):

@@ -1,6 +1,7 @@
-"""Caption metrics in pure Python and numpy, equal to pycocoevalcap's (tests/training/test_metrics.py); METEOR by its authors' Java program.
+"""Caption metrics in pure Python and numpy, equal to pycocoevalcap's (tests/training/test_metrics.py); METEOR by its
+authors' Java program.
 
-Each file of a metric in Python is also a local `evaluate` module: `evaluate.load("training/lib/metrics/cider_d.py")`.
+As modules of `evaluate` they are in `training/metrics/`: `evaluate.load("training/metrics/cider_d.py")`.
 """
 
 from training.lib.metrics.bleu import bleu, bleu_of_statistics, bleu_statistics

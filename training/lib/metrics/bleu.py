@@ -2,8 +2,6 @@
 
 from collections import Counter
 
-import datasets
-import evaluate
 import numpy as np
 
 from training.lib.metrics.tokenizer import tokenize
@@ -43,18 +41,3 @@ def bleu(candidates: list[str], references: list[list[str]]) -> np.ndarray:
     """(N,) corpus BLEU-1..N in [0, 1]."""
     rows = [bleu_statistics(tokenize(c), [tokenize(r) for r in rs]) for c, rs in zip(candidates, references)]
     return bleu_of_statistics(np.sum(rows, axis=0))
-
-
-class Bleu(evaluate.Metric):
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description="predictions: captions; references: lists of captions",
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
-            ),
-        )
-
-    def _compute(self, predictions, references):
-        return {f"bleu_{n}": float(score) for n, score in enumerate(bleu(predictions, references), start=1)}

@@ -6,8 +6,6 @@ subset, keep the `CiderD` of the full set.
 
 from collections import Counter
 
-import datasets
-import evaluate
 import numpy as np
 
 from training.lib.metrics.bleu import N, ngram_counts
@@ -59,18 +57,3 @@ class CiderD:
         if len(candidates) != len(self.references):
             raise ValueError(f"{len(candidates)} captions for {len(self.references)} images")
         return np.array([self.score(image, candidate) for image, candidate in enumerate(candidates)])
-
-
-class Cider(evaluate.Metric):
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description="predictions: captions; references: lists of captions",
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
-            ),
-        )
-
-    def _compute(self, predictions, references):
-        return {"cider_d": float(CiderD(references).scores(predictions).mean())}

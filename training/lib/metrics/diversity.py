@@ -6,8 +6,6 @@ Miltenburg et al., COLING 2018. Vocabulary and distinct-n depend on how many cap
 
 from typing import Optional
 
-import datasets
-import evaluate
 import numpy as np
 
 from training.lib.metrics.bleu import bleu_of_statistics, bleu_statistics
@@ -47,16 +45,3 @@ def set_diversity(caption_sets: list[list[str]]) -> dict[str, float]:
         others = [bleu_statistics(c, tokens[:i] + tokens[i + 1 :]) for i, c in enumerate(tokens)]
         rows.append([*div, np.mean([bleu_of_statistics(row)[3] for row in others])])
     return dict(zip(("div_1", "div_2", "mbleu_4"), np.mean(rows, axis=0).tolist()))
-
-
-class Diversity(evaluate.Metric):
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description="predictions: captions, one an image; training_captions: for novelty",
-            features=datasets.Features({"predictions": datasets.Value("string")}),
-        )
-
-    def _compute(self, predictions, training_captions=None):
-        return corpus_diversity(predictions, training_captions)

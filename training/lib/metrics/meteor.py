@@ -1,4 +1,5 @@
-"""METEOR of captions (Denkowski & Lavie, WMT 2014) by its authors' program, which needs Java; pycocoevalcap brings the program."""
+"""METEOR of captions (Denkowski & Lavie, WMT 2014) by its authors' program, which needs Java; pycocoevalcap brings the
+program."""
 
 import shutil
 from typing import Optional
@@ -9,7 +10,8 @@ from training.lib.metrics.tokenizer import tokenize
 
 
 def meteor(candidates: list[str], references: list[list[str]]) -> Optional[tuple[float, np.ndarray]]:
-    """METEOR 1.5 of a corpus as COCO reports it, and of each caption (n,), 0 to 1. None where Java or pycocoevalcap is missing."""
+    """METEOR 1.5 of a corpus as COCO reports it, and of each caption (n,), 0 to 1. None where Java or pycocoevalcap is
+    missing."""
     try:
         from pycocoevalcap.meteor.meteor import Meteor
     except ImportError:

@@ -1,8 +1,5 @@
-"""ROUGE-L of captions (Lin, ACL 2004), as COCO computes it: beta 1.2, best precision and best recall over references."""
-
-import datasets
-import evaluate
-import numpy as np
+"""ROUGE-L of captions (Lin, ACL 2004), as COCO computes it: beta 1.2, best precision and best recall over
+references."""
 
 from training.lib.metrics.tokenizer import tokenize
 
@@ -28,18 +25,3 @@ def rouge_l(candidate: str, references: list[str]) -> float:
     if precision == 0 or recall == 0:
         return 0.0
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
-
-
-class RougeL(evaluate.Metric):
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description="predictions: captions; references: lists of captions",
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
-            ),
-        )
-
-    def _compute(self, predictions, references):
-        return {"rouge_l": float(np.mean([rouge_l(c, rs) for c, rs in zip(predictions, references)]))}

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Minimum-risk training from captioner-small-finish's best (make train makes it).
+set -euo pipefail
+. "$(dirname "$0")/../paths.sh"
+
+"$PYTHON" -m experiments.minimum_risk.train_minimum_risk experiments/minimum_risk/captioner-small-risk.yaml \
+    --model "${MODEL:-runs/captioner-finish/best}" --dataset "$DATASET" --output_dir runs/captioner-risk

@@ -1,0 +1,71 @@
+"""Captions as token ids, and what a captioner writes of cached images."""
+
+from typing import Sequence
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from modeling_blip_rbm import DecodingSettings
+from modeling_blip_rbm.configuration_blip_rbm import SIMILARITIES
+from modeling_blip_rbm.generation_blip_rbm import rerank_scores
+
+
+def caption_tokens(processor, captions: list[str], max_length: int = 40) -> list[list[int]]:
+    """Token ids [DEC] w1 ... wn [SEP] of captions, without the final full stop that only some of them have."""
+    texts = [" ".join(caption.strip().rstrip(".").split()) for caption in captions]
+    encoded = processor.encode_text(texts, as_prompt=False, max_length=max_length)
+    return [row[mask.bool()].tolist() for row, mask in zip(encoded["input_ids"], encoded["attention_mask"])]
+
+
+def unigram_bias(token_ids: list[int], vocab_size: int, least: float = 0.01) -> torch.Tensor:
+    """(vocab_size,) log frequency of each token as the next one; rarer ones as if seen `least` times."""
+    counts = torch.bincount(torch.tensor(token_ids), minlength=vocab_size).float().clamp(min=least)
+    return (counts / counts.sum()).log()
+
+
+def other_tokens(tokens: torch.Tensor, vocab_size: int) -> list[int]:
+    """All token ids but these, as `suppress_tokens` of `generate`."""
+    return sorted(set(range(vocab_size)) - set(tokens.tolist()))
+
+
+@torch.no_grad()
+def caption_rows(
+    model, processor, store, rows: Sequence[int], batch_size: int = 16, side_by_side: int = 1, **generate_kwargs
+) -> list[str]:
+    """Captions of the images with these row numbers in a `FeatureStore`, in order; `generate_kwargs` as for `generate`.
+
+    Args:
+        side_by_side: so many captions of every image are begun as rows of one batch.
+    """
+    captions = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="caption", leave=False):
+        features = store.batch(rows[start : start + batch_size])
+        if side_by_side > 1:
+            prompt = torch.full((len(features) * side_by_side, 1), model.decoder_input_ids)
+            generate_kwargs["input_ids"] = prompt
+        captions += processor.captions(model.generate(vision_hidden_states=features, **generate_kwargs))
+    return captions
+
+
+@torch.no_grad()
+def candidate_parts(model, processor, store, rows, n: int, batch_size: int = 8, **generate_kwargs):
+    """Of each image's n candidates: captions, and the parts of their scores as arrays (images, n).
+
+    Candidates are beams, or samples with `do_sample=True`.
+    """
+    captions, parts = [], []
+    if not generate_kwargs.get("do_sample"):
+        generate_kwargs["num_beams"] = n
+    for start in tqdm(range(0, len(rows), batch_size), desc="candidates"):
+        encoding = model.encode_image(vision_hidden_states=store.batch(rows[start : start + batch_size]))
+        sequences = model.generate(encoding=encoding, num_return_sequences=n, rbm_rerank=False, **generate_kwargs)
+        texts = processor.captions(sequences)
+        captions += [texts[i : i + n] for i in range(0, len(texts), n)]
+        parts.append(model.candidate_parts(encoding, sequences, SIMILARITIES))
+    return captions, {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+
+
+def chosen_by_rerank(parts: dict[str, np.ndarray], settings: DecodingSettings) -> np.ndarray:
+    """(images,) which candidate re-rank takes with these weights, of `candidate_parts`."""
+    return rerank_scores({name: torch.from_numpy(part) for name, part in parts.items()}, settings).argmax(1).numpy()
