@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -164,20 +165,18 @@ def test_pipes_and_devices_are_not_opened(saved_model, photos, capsys):
     assert code == 2 and len(lines) == 3 and "pipe.jpg: " in err and "/dev/zero: " in err
 
 
-def test_names_that_would_do_harm(saved_model, tmp_path):
-    folder = os.fsencode(tmp_path / "p")
-    os.mkdir(folder)
-    names = [b"a\nb.png", b"caf\xe9.png", b"e\x1b[31m.png"]
-    for name in names:
-        with open(os.path.join(folder, name), "wb") as file:
-            random_image().save(file, "PNG")
-    command = [sys.executable, "-m", "modeling_blip_rbm", "caption", folder, "--model", str(saved_model)]
-    text = subprocess.run(command, cwd=REPO, capture_output=True)
-    assert text.returncode == 0 and text.stdout.count(b"\n") == 3 and b"\x1b" not in text.stdout
-    assert b"/a\\nb.png: " in text.stdout and b"/caf\\udce9.png: " in text.stdout
-    objects = subprocess.run([*command, "--json"], cwd=REPO, capture_output=True)
-    found = [os.fsencode(json.loads(line)["image"]) for line in objects.stdout.decode().splitlines()]
-    assert objects.returncode == 0 and found == [os.path.join(folder, name) for name in names]
+def test_names_that_would_do_harm(saved_model, tmp_path, capsys):
+    folder = tmp_path / "p"
+    folder.mkdir()
+    files = [folder / os.fsdecode(name) for name in (b"a\nb.png", b"caf\xe9.png", b"e\x1b[31m.png")]
+    for file in files:
+        random_image().save(file)
+    code, lines, _ = run(capsys, folder, "--model", saved_model)
+    assert code == 0 and [line.split(": ")[0] for line in lines] == [
+        rf"{folder}/a\nb.png", rf"{folder}/caf\udce9.png", rf"{folder}/e\x1b[31m.png"
+    ]  # fmt: skip
+    code, lines, _ = run(capsys, folder, "--model", saved_model, "--json")
+    assert code == 0 and [Path(json.loads(line)["image"]) for line in lines] == files
 
 
 @pytest.mark.parametrize("how, code", [("head", 141), ("ctrl-c", 130)])
