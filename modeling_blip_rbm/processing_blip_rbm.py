@@ -168,8 +168,9 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = _from_array(np.asarray(image))
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-    if image.mode != "RGB" or transparent:
-        image = image.convert("RGBA" if transparent else "RGB")
+    mode = "RGBA" if transparent else "RGB"
+    if image.mode != mode:  # which would copy it too
+        image = image.convert(mode)
     if (factor := _halvings(image.size)) > 1:
         image = image.reduce(factor)
     if transparent:
