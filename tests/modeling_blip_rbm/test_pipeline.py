@@ -5,7 +5,7 @@ import base64
 import pytest
 import transformers
 from datasets import Dataset, Features, Image, Value
-from transformers import BlipProcessor, ImageTextToTextPipeline, pipeline
+from transformers import ImageTextToTextPipeline, pipeline
 
 from modeling_blip_rbm import BlipRBMImageToTextPipeline
 from tests.conftest import RBM_SETTINGS, VOCABULARY, random_image
@@ -135,9 +135,7 @@ def test_a_model_object(task, model, processor, images, monkeypatch):
 
 
 def test_other_models_keep_their_pipeline(blip, processor):
-    stock = pipeline(
-        "image-text-to-text", model=blip, processor=BlipProcessor(processor.image_processor, processor.tokenizer)
-    )
+    stock = pipeline("image-text-to-text", model=blip, processor=processor)
     assert type(stock) is ImageTextToTextPipeline
     assert not isinstance(stock, BlipRBMImageToTextPipeline)
 
