@@ -112,7 +112,8 @@ def test_a_damaged_shard_is_encoded_again(pairs, tower, tmp_path, small_shards, 
 
 
 @pytest.mark.parametrize("text", ["", '{"shards": [', "[3]", '{"shards": [{"file": "../x"}], "settings": {}}', "\xff"])
-def test_a_damaged_index_is_written_again(pairs, tower, tmp_path, small_shards, text, capsys):
+def test_a_damaged_index_is_written_again(pairs, tower, tmp_path, monkeypatch, small_shards, text, capsys):
+    monkeypatch.setattr(features_module, "bf16_is_fast", False.__bool__)
     dataset = load_pairs(pairs, "train")
     store = cache_features(*tower, dataset, tmp_path)
     expected = everything(store)
