@@ -8,7 +8,12 @@ from typing import Optional
 from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .processing_blip_rbm import NO_CHAT
+from .processing_blip_rbm import NO_CHAT, BlipRBMProcessor
+
+
+def _files_needed():  # never called: transformers 4.57 copies from a folder what a file imports, not what that imports in turn
+    from .configuration_blip_rbm import BlipRBMConfig  # noqa: F401
+    from .rbm import JointRBM  # noqa: F401
 
 
 class BlipRBMImageToTextPipeline(Pipeline):
@@ -36,6 +41,15 @@ class BlipRBMImageToTextPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
+
+    def __init__(self, *args, processor=None, image_processor=None, tokenizer=None, **kwargs):
+        if (
+            processor is None and image_processor is not None and tokenizer is not None
+        ):  # as transformers 4.57 was given them
+            processor = BlipRBMProcessor(image_processor, tokenizer)
+        if processor is None:
+            raise ValueError("no processor: give processor=BlipRBMProcessor.from_pretrained(...) along with the model")
+        super().__init__(*args, processor=processor, **kwargs)
 
     def _sanitize_parameters(
         self,

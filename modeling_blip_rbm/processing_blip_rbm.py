@@ -35,6 +35,11 @@ NO_CHAT = "BLIP-RBM captions images and holds no conversation: give it the image
 NORMALISED = "it looks normalised already: give such a tensor to the model as pixel_values, and to the processor the image itself"
 
 
+def _files_needed():  # never called: transformers 4.57 copies from a folder what a file imports, not what that imports in turn
+    from .pipeline_blip_rbm import BlipRBMImageToTextPipeline  # noqa: F401
+    from .rbm import JointRBM  # noqa: F401
+
+
 def load_image(image, timeout: float | None = 30.0) -> Image.Image:
     """An upright RGB image of whatever holds one.
 
@@ -163,8 +168,9 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = _from_array(np.asarray(image))
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-    if image.mode != "RGB" or transparent:
-        image = image.convert("RGBA" if transparent else "RGB")
+    mode = "RGBA" if transparent else "RGB"
+    if image.mode != mode:  # which would copy it too
+        image = image.convert(mode)
     if (factor := _halvings(image.size)) > 1:
         image = image.reduce(factor)
     if transparent:
@@ -310,6 +316,8 @@ class BlipRBMProcessor(ProcessorMixin):
             data["pixel_values"] = pixel_values
         if text is not None:
             texts = list(text) if isinstance(text, (list, tuple)) else [text]
+            if isinstance(text, str) and isinstance(kwargs.get("text_pair"), str):
+                kwargs["text_pair"] = [kwargs["text_pair"]]
             data |= self.encode_text(texts, as_prompt, padding, return_tensors=return_tensors, **kwargs)
         return BatchFeature(data)
 

@@ -1,7 +1,11 @@
 """`pipeline("image-to-text")`: what goes in, what comes out."""
 
+import base64
+
 import pytest
+import transformers
 from datasets import Dataset, Features, Image, Value
+from transformers import BlipProcessor, ImageTextToTextPipeline, pipeline
 
 from modeling_blip_rbm import BlipRBMImageToTextPipeline
 from tests.conftest import RBM_SETTINGS, VOCABULARY, random_image
@@ -23,6 +27,13 @@ def test_one_image_every_way(captioner, images, tmp_path):
     assert list(expected[0]) == ["generated_text", "score", "words"]
     assert captioner(str(tmp_path / "photo.png")) == expected
     assert captioner([images[0]]) == [expected]
+    content = (tmp_path / "photo.png").read_bytes()
+    assert captioner(images=str(tmp_path / "photo.png")) == captioner(content, timeout=3) == expected
+    assert captioner("data:image/png;base64," + base64.b64encode(content).decode()) == expected
+    with open(tmp_path / "photo.png", "rb") as file:
+        assert captioner(file) == expected
+    assert captioner({"image": images[0]}) == captioner(images[0], generate_kwargs={}) == expected
+    assert captioner(captioner.preprocess(images[0])) == expected
 
 
 def test_lists_columns_and_generators_agree(captioner, images):
@@ -77,3 +88,62 @@ def test_bad_input(captioner, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(ValueError, match="text.jpg: not an image"):
         captioner(str(tmp_path / "text.jpg"))
+
+
+def test_texts_of_the_replacing_task(captioner, images):
+    """`image-text-to-text`: text is the prompt, one for all or one an image."""
+    expected = captioner(images[0], prompt="a dog", max_new_tokens=3)
+    assert captioner(images=images[0], text="a dog", max_new_tokens=3) == expected
+    rest = captioner(images[0], text="a dog", max_new_tokens=3, return_full_text=False)[0]["generated_text"]
+    assert f"a dog {rest}".strip() == expected[0]["generated_text"]
+    texts = ["a dog", "a picture of the"]
+    for several in (captioner(images[:2], text=texts), captioner(images[:2], text=texts, batch_size=2)):
+        for image, text, captions in zip(images, texts, several):
+            assert captions[0]["generated_text"] == captioner(image, prompt=text)[0]["generated_text"]
+
+
+@pytest.mark.parametrize(
+    "inputs, settings, why",
+    [
+        ((), {}, "give the image"),
+        (("a.png",), {"images": "b.png"}, "once"),
+        (("a.png",), {"prompt": "a", "text": "b"}, "two names"),
+        (("a.png",), {"prompt": 7}, "prompt is 7"),
+        (("a.png",), {"text": ["a", "b"]}, "1 images and 2 texts"),
+        (("a.png",), {"max_new_tokens": 3, "generate_kwargs": {"max_new_tokens": 5}}, "max_new_tokens stands both"),
+        (([{"role": "user", "content": [{"type": "image"}]}],), {}, "no conversation"),
+        ((), {"images": "a.png", "text": [{"role": "user", "content": "what is it?"}]}, "no conversation"),
+    ],
+)
+def test_calls_that_say_nothing_or_two_things(captioner, inputs, settings, why):
+    with pytest.raises(ValueError, match=why):
+        captioner(*inputs, **settings)
+
+
+@pytest.mark.parametrize("task", ["image-to-text", "image-text-to-text"])
+def test_a_model_object(task, model, processor, images, monkeypatch):
+    monkeypatch.setattr(
+        transformers.pipelines.logger, "warning_once", lambda *args: None
+    )  # 5.23's own cannot be formatted
+    captioner = pipeline(task, model=model, processor=processor)
+    assert type(captioner) is BlipRBMImageToTextPipeline
+    assert captioner(images[0]) == BlipRBMImageToTextPipeline(model=model, processor=processor)(images[0])
+    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
+    assert BlipRBMImageToTextPipeline(model=model, **parts)(images[0]) == captioner(images[0])
+    with pytest.raises(ValueError, match="no processor"):
+        BlipRBMImageToTextPipeline(model=model)
+
+
+def test_other_models_keep_their_pipeline(blip, processor):
+    stock = pipeline(
+        "image-text-to-text", model=blip, processor=BlipProcessor(processor.image_processor, processor.tokenizer)
+    )
+    assert type(stock) is ImageTextToTextPipeline
+    assert not isinstance(stock, BlipRBMImageToTextPipeline)
+
+
+def test_a_prompt_is_warned_of_once_a_call(captioner, images, monkeypatch):
+    said = []
+    monkeypatch.setattr("modeling_blip_rbm.processing_blip_rbm.logger.warning", said.append)
+    captioner(images, prompt="a zebra")
+    assert len(said) == 1 and "'zebra'" in said[0]
