@@ -99,7 +99,7 @@ bases = (Generation,) if getattr(generation, "is_stand_in", False) else ()
 
 class Common(*bases, generation, common.ModelTesterMixin):
     _is_composite = True
-    test_resize_embeddings = True
+    additional_model_inputs = ["input_ids"]  # a mask needs its tokens
 
     def setUp(self):
         set_seed(0)
