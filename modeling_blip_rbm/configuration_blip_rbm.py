@@ -128,6 +128,10 @@ class BlipRBMConfig(BlipConfig):
         if getattr(self, "pad_token_id", None) is None:  # where Seq2SeqTrainer looks for it
             self.pad_token_id = self.text_config.pad_token_id
 
+        if own_tower and vision_hidden_size not in (None, tower.hidden_size):
+            raise ValueError(
+                f"vision_hidden_size is {vision_hidden_size!r}, but BLIP's tower has width {tower.hidden_size}: leave it out"
+            )
         self.num_image_tokens = num_image_tokens
         self.vision_hidden_size = tower.hidden_size if own_tower else vision_hidden_size
         self.rbm_word_ids = list(rbm_word_ids or [])

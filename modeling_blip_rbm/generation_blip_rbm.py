@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging
 
-from .configuration_blip_rbm import PHRASE_WEIGHTS, SIMILARITIES, DecodingSettings
+from .configuration_blip_rbm import PHRASE_WEIGHTS, SIMILARITIES, DecodingSettings, is_int, is_number
 from .inference_blip_rbm import behind_the_door, may_be_fast, open_door
 from .rbm import RBMParameters, bernoulli, gain_moments, pointwise_mutual_information, word_gains
-from .vision_blip_rbm import weights_here
+from .vision_blip_rbm import check_pixels, weights_here
 
 
 logger = logging.get_logger(__name__)
@@ -239,6 +239,7 @@ class BlipRBMGenerationMixin(GenerationMixin):
 
     def _encode(self, fast, pixel_values=None, vision_hidden_states=None, rbm=True, **kwargs) -> ImageEncoding:
         if fast is not None and pixel_values is not None and vision_hidden_states is None:
+            check_pixels(pixel_values, self.config, "interpolate_pos_encoding" in kwargs)
             pixel_values, vision_hidden_states = None, fast.vision_hidden_states(pixel_values.to(self.dtype), **kwargs)
             kwargs = {}
         return self.encode_image(pixel_values, vision_hidden_states, rbm=rbm, **kwargs)
@@ -310,8 +311,11 @@ class BlipRBMGenerationMixin(GenerationMixin):
     def _settings_for(self, kwargs: dict, rbm: bool, diversity: float) -> DecodingSettings:
         """The decoding settings of a call, whose own are taken out of its arguments. Raises ValueError for what cannot be done."""
         own = {name: kwargs.pop(name) for name in vars(DecodingSettings()) if name in kwargs}
-        if not -100 <= diversity <= 100:
+        if not is_number(diversity, -100, 100):
             raise ValueError(f"rbm_diversity is {diversity!r}; allowed: a number from -100 to 100")
+        for name in ("num_beams", "num_return_sequences"):
+            if not is_int(value := self._setting(kwargs, name, 1), 1):
+                raise ValueError(f"{name} is {value!r}; allowed: an int from 1")
         if not rbm:
             return DecodingSettings()
         settings = self.decoding_settings(kwargs.get("generation_config"), **own)
@@ -383,7 +387,14 @@ class BlipRBMGenerationMixin(GenerationMixin):
 
     def _left_padded_prompts(self, input_ids, attention_mask, device):
         """Per row: pads and a final [SEP] dropped, first token [DEC]; then padded on the left. New tensors."""
-        input_ids = torch.atleast_2d(torch.as_tensor(input_ids, device=device))
+        input_ids, vocab_size = (
+            torch.atleast_2d(torch.as_tensor(input_ids, device=device)),
+            self.config.text_config.vocab_size,
+        )
+        if input_ids.is_floating_point() or ((input_ids < 0) | (input_ids >= vocab_size)).any() or not len(input_ids):
+            raise ValueError(
+                f"input_ids is {input_ids}; allowed: token ids from 0 to {vocab_size - 1}, a row for each prompt"
+            )
         if attention_mask is None:
             attention_mask = input_ids != self.decoder_pad_token_id
         attention_mask = torch.atleast_2d(torch.as_tensor(attention_mask, device=device))

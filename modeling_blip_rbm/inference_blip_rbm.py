@@ -31,7 +31,7 @@ from transformers.models.blip.modeling_blip import BlipMLP
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
 from .rbm import gain_weights
-from .vision_blip_rbm import ImageSelfAttention, check_pixels, vision_tokens
+from .vision_blip_rbm import ImageSelfAttention, vision_tokens
 
 
 IMAGES_AT_ONCE = 4  # on a CPU: what lies between the layers of so many images stays in its caches
@@ -466,7 +466,6 @@ class FastInference:
 
     def vision_hidden_states(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """(B, N, C) of images (B, 3, S, S), the vision tower's output."""
-        check_pixels(pixel_values)
         return image_tokens(self.tower, pixel_values, **kwargs)
 
     def new_cache(self, image_embeds: torch.Tensor) -> ImageCache:

@@ -18,6 +18,7 @@ from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import BlipForConditionalGeneration
@@ -94,8 +95,25 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
                 any RBM it says so: the RBM is then the identity.
         """
         kwargs["output_loading_info"] = True
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        check_loaded(model, sorted(info["missing_keys"]), pretrained_model_name_or_path)
+        any_size = kwargs.setdefault("ignore_mismatched_sizes", False)
+        try:
+            # of other shapes are named below, where transformers says so in a table of its log
+            kwargs["ignore_mismatched_sizes"] = True
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (SafetensorError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). A file is damaged, "
+                "or of another kind of model: get the checkpoint again"
+            ) from error
+        if (
+            other := [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
+        ) and not any_size:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has weights of other shapes than its config.json says: {', '.join(sorted(other)[:5])}. Use "
+                "the config that was saved with them, or pass ignore_mismatched_sizes=True to make these weights anew"
+            )
+        missing = set(info["missing_keys"]) - set(other)
+        check_loaded(model, sorted(missing), pretrained_model_name_or_path)
         model._made()
         return (model, info) if output_loading_info else model
 
@@ -130,7 +148,7 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
             raise ValueError("give either pixel_values or vision_hidden_states (the tower's cached output)")
         if vision_hidden_states is not None:
             return vision_hidden_states.to(self.dtype)
-        check_pixels(pixel_values)
+        check_pixels(pixel_values, self.config, "interpolate_pos_encoding" in kwargs)
         return vision_tokens(self.vision_model(pixel_values.to(self.dtype), **kwargs))
 
     @torch.no_grad()

@@ -35,8 +35,22 @@ def vision_tokens(outputs) -> torch.Tensor:
     return states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
 
 
-def check_pixels(pixel_values: torch.Tensor):
-    """Raises ValueError if a pixel on a CPU is NaN or infinite. A GPU would have to be waited for."""
+def check_pixels(pixel_values: torch.Tensor, config, any_size: bool = True):
+    """Raises ValueError if these are no images for the tower of a config: of the wrong shape or, on a CPU, not all finite numbers. A GPU
+    would have to be waited for."""
+    channels = getattr(config.vision_config, "num_channels", 3)
+    shape = getattr(pixel_values, "shape", None)
+    if not isinstance(pixel_values, torch.Tensor) or len(shape) != 4 or shape[1] != channels or not shape[0]:
+        given = f"a {type(pixel_values).__name__}" if shape is None else f"of shape {tuple(shape)}"
+        raise ValueError(
+            f"pixel_values is {given}; allowed: a tensor (images, {channels}, height, width), as the processor makes it"
+        )
+    size = getattr(config.vision_config, "image_size", None)
+    if config.has_blip_tower and not any_size and tuple(shape[2:]) != (size, size):
+        raise ValueError(
+            f"images have {shape[2]} x {shape[3]} pixels, but this model's tower takes {size} x {size}: resize them as the processor does, or "
+            "pass interpolate_pos_encoding=True"
+        )
     if (
         pixel_values.device.type == "cpu"
         and not torch.compiler.is_compiling()

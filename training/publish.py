@@ -189,7 +189,8 @@ def refuse_others_folder(staging: Path) -> None:
     if others:
         raise ValueError(
             f"--staging {staging} holds what publish did not write, or what was changed since "
-            f"({', '.join(others[:4])}): nothing was changed; give a new folder. What is to be published belongs into --model"
+            f"({', '.join(others[:4])}): nothing was changed; give a new folder. "
+            "What is to be published belongs into --model"
         )
 
 

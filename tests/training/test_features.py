@@ -112,7 +112,8 @@ def test_a_damaged_shard_is_encoded_again(pairs, tower, tmp_path, small_shards, 
 
 
 @pytest.mark.parametrize("text", ["", '{"shards": [', "[3]", '{"shards": [{"file": "../x"}], "settings": {}}', "\xff"])
-def test_a_damaged_index_is_written_again(pairs, tower, tmp_path, small_shards, text, capsys):
+def test_a_damaged_index_is_written_again(pairs, tower, tmp_path, small_shards, text, capsys, monkeypatch):
+    monkeypatch.setattr(features_module, "bf16_is_fast", lambda: False)  # whatever this processor has
     dataset = load_pairs(pairs, "train")
     store = cache_features(*tower, dataset, tmp_path)
     expected = everything(store)
@@ -183,6 +184,14 @@ def test_pooled_features(pairs, tower, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module, "image_tokens", None)  # not called
     again = everything(cache_features(*tower, dataset, tmp_path / "b", views=2, pooling="cls_mean"))
     np.testing.assert_allclose(again, expected, atol=4e-3, rtol=4e-3)
+
+
+def test_features_in_bf16_where_weights_are_packed(pairs, tower, tmp_path, monkeypatch):
+    """On a processor without AMX the linear layers of a tower are packed in fp32, which autocast's inputs do not fit."""
+    monkeypatch.setattr("modeling_blip_rbm.inference_blip_rbm.has_amx", lambda: False)
+    dataset = load_pairs(pairs, "train").select(range(3))
+    full, half = (everything(cache_features(*tower, dataset, tmp_path, dtype=d)) for d in ("float32", "bfloat16"))
+    assert 0 < np.abs(full.astype(float) - half).max() < 0.1
 
 
 def test_the_automatic_dtype_is_that_of_what_is_cached(pairs, tower, tmp_path, monkeypatch):

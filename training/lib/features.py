@@ -274,7 +274,10 @@ class Encoder:
 
     def __init__(self, tower, image_processor, settings: dict, batch_size: int, tokens: Optional[FeatureStore] = None):
         self.device = next(tower.parameters()).device
-        self.tower, self.image_processor, self.settings = fast_tower(tower), image_processor, settings
+        # the packed weights of a fast tower do not take what autocast makes of their inputs
+        packs = any(isinstance(module, torch.nn.Linear) for module in tower.modules())
+        self.tower = tower if packs and settings["dtype"] != "float32" else fast_tower(tower)
+        self.image_processor, self.settings = image_processor, settings
         self.tokens = tokens
         self.images_per_batch = max(1, batch_size // settings["views"])
 
