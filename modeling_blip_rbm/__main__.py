@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from modeling_blip_rbm import (
@@ -107,12 +107,7 @@ def load_captioner(name: str | None, int8: bool) -> BlipRBMImageToTextPipeline:
         kind = AutoConfig.from_pretrained(name).model_type
         if kind not in ("blip_rbm", "blip"):
             raise ValueError(f"it is a {kind}, not a BLIP-RBM")
-        model, info = BlipRBMForConditionalGeneration.from_pretrained(name, output_loading_info=True)
-        missing = sorted(n for n in info["missing_keys"] if not n.startswith("rbm_layer."))
-        if missing:
-            raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
-        if Path(name, "generation_config.json").exists():  # a damaged one, the model's from_pretrained passes over
-            GenerationConfig.from_pretrained(name)
+        model = BlipRBMForConditionalGeneration.from_pretrained(name)
         processor = BlipRBMProcessor.from_pretrained(name)
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{name}: cannot be loaded as a BLIP-RBM ({type(error).__name__}: {error})") from error

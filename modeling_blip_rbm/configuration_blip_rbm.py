@@ -116,6 +116,10 @@ class BlipRBMConfig(BlipConfig):
         kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), **AUTO_MAP}
         kwargs["custom_pipelines"] = {task: dict(entry) for task, entry in CUSTOM_PIPELINES.items()}
         moved = {name: kwargs.pop(name) for name in DECODING_SETTINGS if name in kwargs}
+        # transformers chooses a pipeline's class before it loads the model: importing ours makes it choose that
+        from .pipeline_blip_rbm import BlipRBMImageToTextPipeline  # noqa: F401
+        from .processing_blip_rbm import load_image  # noqa: F401
+
         tower = _tower_config(vision_config)
         if text_config is not None and not isinstance(text_config, dict):
             text_config = text_config.to_dict()

@@ -29,7 +29,11 @@ def find_images(paths) -> tuple[list[Path], list[str]]:
         the files, and what was wrong with the other paths.
     """
     found, errors, endings = {}, [], image_endings()
-    for path in map(Path, paths):
+    for name in paths:
+        path = Path(name)
+        if not str(name):  # which Path takes for the working directory
+            errors.append("an image's path is empty: give a file or a folder")
+            continue
         if os.path.isdir(path):
             inside, wrong = _below(path, endings)
             if not inside and not wrong:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import BlipForConditionalGeneration
+from transformers import BlipForConditionalGeneration, GenerationConfig
 from transformers.models.blip.modeling_blip import BlipPreTrainedModel
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
 from transformers.utils import ModelOutput, can_return_tuple, logging
@@ -94,6 +94,10 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
             ValueError: if the checkpoint lacks weights of BLIP's, or only some of the RBM's, or has weights that are not finite. Without
                 any RBM it says so: the RBM is then the identity.
         """
+        if Path(
+            pretrained_model_name_or_path, "generation_config.json"
+        ).exists():  # transformers passes over a damaged one
+            GenerationConfig.from_pretrained(pretrained_model_name_or_path)
         kwargs["output_loading_info"] = True
         any_size = kwargs.setdefault("ignore_mismatched_sizes", False)
         try:

@@ -74,7 +74,7 @@ def load_image(image, timeout: float | None = 30.0) -> Image.Image:
 def _name(image) -> str:
     """What an error calls this image."""
     if isinstance(image, (str, os.PathLike)):
-        text = os.fspath(image)
+        text = os.fspath(image) or "an empty path"
         return text if len(text) < 300 else f"{text[:60]}... ({len(text)} characters)"
     return getattr(image, "filename", None) or f"an image given as {type(image).__name__}"
 
@@ -363,9 +363,15 @@ class BlipRBMProcessor(ProcessorMixin):
         """As transformers' own.
 
         Raises:
-            ValueError: if the tokenizer has no vocabulary, as when tokenizer.json is missing: captions would be empty.
+            ValueError: if a file is damaged, or the tokenizer has no vocabulary, as when tokenizer.json is missing: captions would be empty.
         """
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, TypeError, KeyError) as error:  # of JSON that is of another form
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no processor that can be loaded ({type(error).__name__}: {error}). processor_config.json, "
+                "tokenizer.json or tokenizer_config.json is damaged: copy it from where the model is from."
+            ) from error
         tokenizer = processor.tokenizer
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise ValueError(
