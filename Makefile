@@ -14,7 +14,7 @@ RUN = .venv/bin/python
 EMBEDDED = checkpoints/blip-rbm-small
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial test test-min test-slow check train evaluate publish report clean
+.PHONY: help demo tutorial test test-min test-slow test-hf check train evaluate publish report clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,10 @@ test-min: .venv-min/installed  ## the model's tests on transformers 4.57, in an 
 
 test-slow: .venv/installed  ## the checks that take minutes
 	$(RUN) -m pytest -q -m slow
+
+test-hf: .venv/installed  ## transformers' own common tests on our class and on stock BLIP: a table (fetches its source distribution)
+	.venv/bin/pip install --quiet $(PIP_FLAGS) -r tests/transformers_tests/requirements.txt
+	$(RUN) -m tests.transformers_tests
 
 check: .venv/installed  ## ruff: lint and format
 	.venv/bin/ruff check .

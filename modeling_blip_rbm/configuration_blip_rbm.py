@@ -128,6 +128,8 @@ class BlipRBMConfig(BlipConfig):
         # BlipConfig ties encoder_hidden_size to the hidden_size of a BlipVisionConfig, so both are set after it.
         super().__init__(text_config=text_config, vision_config=None, **kwargs)
         self.vision_config = tower
+        if self._attn_implementation is not None:
+            self._attn_implementation = self._attn_implementation  # the setter hands it on to the tower's config
         self.text_config.encoder_hidden_size = width or self.text_config.hidden_size
         if getattr(self, "pad_token_id", None) is None:  # where Seq2SeqTrainer looks for it
             self.pad_token_id = self.text_config.pad_token_id

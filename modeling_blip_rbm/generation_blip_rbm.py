@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.utils import logging
 
 from .configuration_blip_rbm import PHRASE_WEIGHTS, SIMILARITIES, DecodingSettings, is_int, is_number
@@ -321,6 +321,10 @@ class BlipRBMGenerationMixin(GenerationMixin):
         settings = self.decoding_settings(kwargs.get("generation_config"), **own)
         if diversity and not self.config.rbm_word_ids:
             raise ValueError("rbm_diversity needs an RBM with words, but config.rbm_word_ids is empty")
+        if "static" in str(self._setting(kwargs, "cache_implementation", "")):
+            raise ValueError(
+                "cache_implementation is 'static', which has no room for the image's keys: leave it out, or 'dynamic'"
+            )
         if kwargs.get("assistant_model") is not None:
             raise ValueError("assistant_model is given, but an assistant is not shown the image: leave it out")
         if settings.rbm_rerank and kwargs.get("streamer") is not None:
@@ -361,7 +365,9 @@ class BlipRBMGenerationMixin(GenerationMixin):
             self._setting(kwargs, name, False) or getattr(self.config.text_config, name, False)
             for name in ("output_attentions", "output_hidden_states")
         )
-        own_cache = any(kwargs.get(name) is not None for name in ("past_key_values", "cache_implementation"))
+        own_cache = any(
+            self._setting(kwargs, name, None) is not None for name in ("past_key_values", "cache_implementation")
+        )
         if fast is not None and not (recorded or own_cache or kwargs.get("use_cache") is False):
             return {"past_key_values": fast.new_cache(encoding.image_embeds)}
         return {"image_embeds": encoding.image_embeds.repeat_interleave(rows // len(encoding.image_embeds), 0)}
@@ -584,14 +590,6 @@ class BlipRBMGenerationMixin(GenerationMixin):
         word_ids = self.config.rbm_word_ids
         columns = word_columns(word_ids, self.config.text_config.vocab_size, sequences.device)
         return words_said(sequences, columns, len(word_ids))
-
-
-def blip_generation_config(config) -> GenerationConfig:
-    """What stock BLIP hard-codes in `generate`, as a generation config that a caller can override."""
-    text = config.text_config
-    return GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.sep_token_id, pad_token_id=text.pad_token_id
-    )
 
 
 __all__ = ["BlipRBMGenerationMixin", "ImageEncoding"]

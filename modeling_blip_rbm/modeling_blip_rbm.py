@@ -30,7 +30,6 @@ from .configuration_blip_rbm import PHRASE_WEIGHTS, BlipRBMConfig, copy_code
 from .generation_blip_rbm import (
     BlipRBMGenerationMixin,
     ImageEncoding,
-    blip_generation_config,
     word_columns,
     words_said,
 )
@@ -43,6 +42,7 @@ from .vision_blip_rbm import (
     check_pixels,
     new_vision_tower,
     pool_tokens,
+    unused_by_tokens,
     vision_tokens,
     weights_here,
 )
@@ -91,8 +91,9 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
         """As transformers' own.
 
         Raises:
-            ValueError: if the checkpoint lacks weights of BLIP's, or only some of the RBM's, or has weights that are not finite. Without
-                any RBM it says so: the RBM is then the identity.
+            ValueError: if the checkpoint lacks weights of BLIP's, or only some of the RBM's (unless `output_loading_info=True` hands the
+                caller what is missing), or has weights of other shapes or that are not finite. Without any RBM it says so: the RBM is then
+                the identity.
         """
         if Path(
             pretrained_model_name_or_path, "generation_config.json"
@@ -101,6 +102,10 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
         kwargs["output_loading_info"] = True
         any_size = kwargs.setdefault("ignore_mismatched_sizes", False)
         try:
+            if Path(
+                pretrained_model_name_or_path, "generation_config.json"
+            ).exists():  # transformers passes over a damaged one
+                GenerationConfig.from_pretrained(pretrained_model_name_or_path)
             # of other shapes are named below, where transformers says so in a table of its log
             kwargs["ignore_mismatched_sizes"] = True
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -116,7 +121,7 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
                 f"{pretrained_model_name_or_path} has weights of other shapes than its config.json says: {', '.join(sorted(other)[:5])}. Use "
                 "the config that was saved with them, or pass ignore_mismatched_sizes=True to make these weights anew"
             )
-        missing = set(info["missing_keys"]) - set(other)
+        missing = set() if output_loading_info else set(info["missing_keys"]) - set(other)
         check_loaded(model, sorted(missing), pretrained_model_name_or_path)
         model._made()
         return (model, info) if output_loading_info else model
@@ -266,17 +271,21 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
         self.decoder_input_ids = config.text_config.bos_token_id
         self.decoder_pad_token_id = config.text_config.pad_token_id
         self.post_init()
-        self.generation_config = blip_generation_config(config)
+        text = config.text_config  # what stock BLIP writes into the code of `generate`
+        self.generation_config = GenerationConfig(
+            bos_token_id=text.bos_token_id, eos_token_id=text.sep_token_id, pad_token_id=text.pad_token_id
+        )
         self._moved_settings = config.__dict__.pop("decoding_settings", {})
         self._made()
 
     def _made(self):
         # the loss of captions does not reach the RBM's words, and phrases are fitted to its causes: training/train_rbm.py trains it
         self.rbm_layer.rbm.requires_grad_(False)
-        for (
-            name,
-            value,
-        ) in self._moved_settings.items():  # of a config from before; a generation config that was loaded goes first
+        for name, parameter in self.vision_model.named_parameters():
+            if unused_by_tokens(name, self.config.vision_config):
+                parameter.requires_grad_(False)
+        # settings of a config from before; a generation config that was loaded goes first
+        for name, value in self._moved_settings.items():
             if getattr(self.generation_config, name, None) is None:
                 setattr(self.generation_config, name, value)
 

@@ -181,6 +181,13 @@ def weights_here(module: nn.Module):
         yield moved
 
 
+def unused_by_tokens(name: str, vision_config) -> bool:
+    """Whether a parameter of a tower has no part in its tokens, and so no gradient, for which DistributedDataParallel would wait: the
+    pooler's, the token of masked-image modelling, CLIP's norm of the pooled output."""
+    of_clip = vision_config.model_type == "clip_vision_model" and "post_layernorm." in name
+    return of_clip or name.endswith("mask_token") or "pooler." in name
+
+
 def tower_output_shape(vision_config) -> tuple[int, int]:
     """(N, C) that the tower of this config gives for an image, found by running it without weights or arithmetic."""
     size = getattr(vision_config, "image_size", 224)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CLIPVisionConfig,
+    Dinov2Config,
     DynamicCache,
     EfficientNetConfig,
     EncoderDecoderCache,
@@ -14,6 +16,7 @@ from transformers import (
     TextStreamer,
     Trainer,
     TrainingArguments,
+    ViTConfig,
 )
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMForImageTextRetrieval
@@ -115,6 +118,30 @@ def test_gradients_of_a_copy_while_another_thread_generates(model, pixel_values,
         assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(p.grad, q.grad)), name
 
 
+TOWERS = {
+    "dinov2": Dinov2Config(hidden_size=22, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7),
+    "clip": CLIPVisionConfig(
+        hidden_size=22, intermediate_size=29, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
+    ),
+    "vit": ViTConfig(
+        hidden_size=22, intermediate_size=29, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
+    ),
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_every_trained_parameter_of_other_towers_gets_a_gradient(tower, ids):
+    model = BlipRBMForConditionalGeneration(tiny_config(vision_config=TOWERS[tower])).train()
+    model(torch.randn(5, 3, 28, 28), ids, labels=ids).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_attention_of_a_tower_that_takes_blips_place(implementation):
+    config = tiny_config(vision_config=TOWERS["dinov2"], attn_implementation=implementation)
+    assert config.vision_config._attn_implementation == implementation
+
+
 # ---------------------------------------------------------------- outputs and caches
 
 
@@ -209,6 +236,9 @@ def test_one_prompt_for_all_images_and_several_for_one(model, pixel_values):
         ({"rbm_rerank_cider": 3.0}, "rbm_rerank_cider is 3.0, but this RBM has no phrases"),
         ({"input_ids": torch.full((600,), 5)}, "the prompt has 600 tokens, but the decoder's context has 31"),
         ({"encoding": "its own"}, "encoding is the image already"),
+        ({"cache_implementation": "static"}, "cache_implementation is 'static'"),
+        ({"num_beams": 0}, "num_beams is 0; allowed: an int from 1"),
+        ({"input_ids": torch.full((5, 2), 10**6)}, "allowed: token ids from 0 to"),
         ({"assistant_model": "itself"}, "an assistant is not shown the image"),
     ],
 )
