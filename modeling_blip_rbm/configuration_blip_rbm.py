@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, BlipConfig, BlipTextConfig, BlipVisionConfig, PretrainedConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .rbm import WORD_GAIN_ORDERS
 
+
+logger = logging.get_logger(__name__)
 
 # The code that a model's folder carries, and all of it.
 HUB_FILES = (
@@ -297,6 +300,41 @@ def is_int(value, least: int) -> bool:
 def is_number(value, least: float = float("-inf"), most: float = float("inf")) -> bool:
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return real and isfinite(value) and least <= value <= most
+
+
+def check_loaded(model, missing: list[str], other_shapes: list[str], source):
+    """Raises ValueError if what was loaded is no whole model; warns if it has no RBM."""
+    if other_shapes:
+        raise ValueError(
+            f"{source} has weights of other shapes than its config.json says: {', '.join(sorted(other_shapes)[:5])}. Use the config that was "
+            "saved with them, or pass ignore_mismatched_sizes=True to make these weights anew"
+        )
+    of_rbm = [name for name in missing if name.startswith("rbm_layer.")]
+    if without := [name for name in missing if name not in of_rbm]:
+        raise ValueError(
+            f"{source} lacks the weights {', '.join(without[:5])}{' and others' if len(without) > 5 else ''}: the file is "
+            "incomplete, or of another kind of model. Use a whole checkpoint"
+        )
+    machine = [name for name in of_rbm if name.startswith("rbm_layer.rbm.")]
+    if machine and len(machine) < len([*model.rbm_layer.rbm.state_dict()]):
+        raise ValueError(
+            f"{source} has only a part of an RBM: it lacks {', '.join(machine)}. Use a whole checkpoint, or train its "
+            "RBM anew (training/train_rbm.py)"
+        )
+    if of_rbm:
+        logger.warning(
+            f"{source} has no RBM weights ({', '.join(of_rbm)}). They were initialised as the identity: captions are "
+            "those of BLIP until the RBM is trained (training/train_rbm.py)."
+        )
+    plain = {
+        n: t for n, t in model.state_dict().items() if type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta
+    }
+    broken = [n for n, t in plain.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        raise ValueError(
+            f"{source} has NaN or infinite values in {', '.join(broken[:5])}{' and others' if len(broken) > 5 else ''}. "
+            "The file is damaged or training diverged: use an earlier checkpoint."
+        )
 
 
 def copy_code(folder, source=None, revision=None):

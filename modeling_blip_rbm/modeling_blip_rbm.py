@@ -19,14 +19,17 @@ from typing import Optional, Union
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import BlipForConditionalGeneration, GenerationConfig
 from transformers.models.blip.modeling_blip import BlipPreTrainedModel
-from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
+from transformers.models.blip.modeling_blip_text import (
+    BlipTextLMHeadModel,
+    BlipTextLMPredictionHead,
+    BlipTextSelfAttention,
+)
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .configuration_blip_rbm import PHRASE_WEIGHTS, BlipRBMConfig, copy_code
+from .configuration_blip_rbm import PHRASE_WEIGHTS, BlipRBMConfig, check_loaded, copy_code
 from .generation_blip_rbm import (
     BlipRBMGenerationMixin,
     ImageEncoding,
@@ -75,6 +78,8 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
             init.normal_(module.position, mean=0.0, std=self.config.initializer_range)
         else:
             super()._init_weights(module)
+            if isinstance(module, BlipTextLMPredictionHead):  # which transformers leaves as the memory was
+                init.zeros_(module.bias)
 
     def train(self, mode: bool = True):
         """As PyTorch's, but the vision tower's batch normalisation keeps the statistics that it was trained with: the batches of a
@@ -95,34 +100,24 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
                 caller what is missing), or has weights of other shapes or that are not finite. Without any RBM it says so: the RBM is then
                 the identity.
         """
-        if Path(
-            pretrained_model_name_or_path, "generation_config.json"
-        ).exists():  # transformers passes over a damaged one
-            GenerationConfig.from_pretrained(pretrained_model_name_or_path)
-        kwargs["output_loading_info"] = True
+        source = pretrained_model_name_or_path
         any_size = kwargs.setdefault("ignore_mismatched_sizes", False)
+        kwargs |= {
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+        }  # they are named below, not in a table of the log
         try:
-            if Path(
-                pretrained_model_name_or_path, "generation_config.json"
-            ).exists():  # transformers passes over a damaged one
-                GenerationConfig.from_pretrained(pretrained_model_name_or_path)
-            # of other shapes are named below, where transformers says so in a table of its log
-            kwargs["ignore_mismatched_sizes"] = True
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            if (Path(source or "") / "generation_config.json").exists():  # transformers passes over a damaged one
+                GenerationConfig.from_pretrained(source)
+            model, info = super().from_pretrained(source, *args, **kwargs)
         except (SafetensorError, AttributeError, TypeError) as error:
             raise ValueError(
-                f"{pretrained_model_name_or_path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). A file is damaged, "
-                "or of another kind of model: get the checkpoint again"
+                f"{source} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). A file is damaged, or of another kind of "
+                "model: get the checkpoint again"
             ) from error
-        if (
-            other := [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
-        ) and not any_size:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} has weights of other shapes than its config.json says: {', '.join(sorted(other)[:5])}. Use "
-                "the config that was saved with them, or pass ignore_mismatched_sizes=True to make these weights anew"
-            )
-        missing = set() if output_loading_info else set(info["missing_keys"]) - set(other)
-        check_loaded(model, sorted(missing), pretrained_model_name_or_path)
+        other_shapes = [] if any_size else [str(k[0] if isinstance(k, tuple) else k) for k in info["mismatched_keys"]]
+        missing = [] if output_loading_info else sorted(set(info["missing_keys"]) - set(other_shapes))
+        check_loaded(model, missing, other_shapes, source)
         model._made()
         return (model, info) if output_loading_info else model
 
@@ -176,34 +171,6 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
         with weights_here(rbm) as moved:
             parameters = rbm.parameters_fp32
             return RBMParameters(*(None if p is None else p.clone() for p in parameters)) if moved else parameters
-
-
-def check_loaded(model, missing: list[str], source):
-    """Raises ValueError if what was loaded is no whole model; warns if it has no RBM."""
-    of_rbm = [name for name in missing if name.startswith("rbm_layer.")]
-    if without := [name for name in missing if name not in of_rbm]:
-        raise ValueError(
-            f"{source} lacks the weights {', '.join(without[:5])}{' and others' if len(without) > 5 else ''}: the file is "
-            "incomplete, or of another kind of model. Use a whole checkpoint"
-        )
-    machine = [name for name in of_rbm if name.startswith("rbm_layer.rbm.")]
-    if machine and len(machine) < len([*model.rbm_layer.rbm.state_dict()]):
-        raise ValueError(
-            f"{source} has only a part of an RBM: it lacks {', '.join(machine)}. Use a whole checkpoint, or train its "
-            "RBM anew (training/train_rbm.py)"
-        )
-    if of_rbm:
-        logger.warning(
-            f"{source} has no RBM weights ({', '.join(of_rbm)}). They were initialised as the identity: captions are "
-            "those of BLIP until the RBM is trained (training/train_rbm.py)."
-        )
-    plain = {n: t for n, t in model.state_dict().items() if type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta}
-    broken = [n for n, t in plain.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if broken:
-        raise ValueError(
-            f"{source} has NaN or infinite values in {', '.join(broken[:5])}{' and others' if len(broken) > 5 else ''}. "
-            "The file is damaged or training diverged: use an earlier checkpoint."
-        )
 
 
 @dataclass
@@ -325,6 +292,14 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
         tokens = self.vision_hidden_states(pixel_values, vision_hidden_states, **extra)
         image_embeds = tokens if self.projector is None else self.projector(tokens)
         return ImageEncoding(*self.rbm_layer(tokens, image_embeds, refine=rbm))
+
+    def __setattr__(self, name, value):
+        if name == "pack_linears":  # of 0.1.0
+            logger.warning_once(
+                "pack_linears is gone: model.optimize_for_inference(int8=...), model.auto_optimize = False"
+            )
+            name, value = "auto_optimize", bool(value)
+        super().__setattr__(name, value)
 
     def set_phrases(self, phrases: Optional[PhraseBlock]):
         """Give the RBM these phrases, or, as when it learns on and its causes change, none."""

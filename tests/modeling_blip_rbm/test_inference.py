@@ -357,6 +357,7 @@ def test_generate_opens_the_door_and_training_does_not(model, pixel_values, monk
 
 
 SLOW = {
+    "switched off as in 0.1.0": lambda model: setattr(model, "pack_linears", False),
     "training mode": lambda model: model.train(),
     "a user's hook": lambda model: model.text_decoder.register_forward_hook(lambda *args: None),
     "switched off": lambda model: setattr(model, "auto_optimize", False),
