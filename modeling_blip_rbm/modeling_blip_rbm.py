@@ -309,6 +309,25 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
             for name in PHRASE_WEIGHTS:
                 setattr(self.generation_config, name, 0.0)
 
+    def resize_token_embeddings(self, new_num_tokens: Optional[int] = None, *args, **kwargs):
+        """As transformers' own. The RBM's words and phrases keep their tokens.
+
+        Raises:
+            ValueError: if the RBM has a word or phrase whose token the vocabulary would not have.
+        """
+        size = new_num_tokens or self.config.text_config.vocab_size
+        if self.config.rbm_word_ids and self.config.rbm_word_ids[-1] >= size:
+            raise ValueError(
+                f"the RBM has the token {self.config.rbm_word_ids[-1]}, but the vocabulary would have {size} tokens"
+            )
+        phrases = self.rbm_layer.phrases
+        if phrases is not None:
+            phrases.set_vocab_size(size)  # raises before anything is changed
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if phrases is not None:
+            phrases.set_vocab_size(self.config.text_config.vocab_size)  # larger with pad_to_multiple_of
+        return embeddings
+
     @torch.no_grad()
     def image_words(self, hidden_input: torch.Tensor, top_k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
         """The RBM's most probable words for images of which nothing has been said.

@@ -73,6 +73,24 @@ class PhraseBlock(nn.Module):
         self.register_buffer("bias", torch.zeros(num_phrases))
         self.register_buffer("length_factor", torch.zeros(MAX_LENGTH + 1))
 
+    def set_vocab_size(self, vocab_size: int):
+        """Number the phrases for a vocabulary of another size, in which every token keeps its id.
+
+        Raises:
+            ValueError: if a phrase has a token that the vocabulary would not have.
+        """
+        base, left, scale = vocab_size + 1, self.numbers.clone(), 1
+        numbers = torch.zeros_like(left)
+        while left.any():
+            digit = left % self.base
+            if (digit > vocab_size).any():
+                raise ValueError(
+                    f"a phrase has token {int(digit.max()) - 1}, but the vocabulary would have {vocab_size} tokens"
+                )
+            numbers, left, scale = numbers + digit * scale, left // self.base, scale * base
+        self.numbers.copy_(numbers)  # still ascending: the order of digits is the same in every base
+        self.base = base
+
     def vectors(self, sequences: torch.Tensor, ignored: tuple[int, ...]):
         """phi of token sequences (R, T), sparse: columns (R, G) among the phrases and values (R, G). A phrase said twice stands there once,
         as CIDEr-D counts no more than the references have; n-grams that are no phrases only make the vector longer."""

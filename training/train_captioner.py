@@ -28,7 +28,7 @@ from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, Bl
 from modeling_blip_rbm.vision_blip_rbm import vision_tokens
 from training.lib.aligned import AlignedTokens, load_image_layer
 from training.lib.arguments import CaptionerArguments, DataArguments, parse_arguments
-from training.lib.captions import caption_rows, caption_tokens, unigram_bias
+from training.lib.captions import caption_rows, caption_tokens, say_unknown_tokens, unigram_bias
 from training.lib.checkpoints import peak_memory_mb, record_of_training, refuse_other_output, save_captioner, write_json
 from training.lib.data import fold_of, random_view, split_held_back
 from training.lib.features import load_features
@@ -308,6 +308,7 @@ def training_captions(data: DataArguments, captioner: CaptionerArguments, datase
     if captioner.folds > 1:
         train_rows = train_rows[fold_of(dataset["image_id"], captioner.folds)[train_rows] != captioner.fold]
     captions = dataset["captions"][:]
+    say_unknown_tokens(captions, processor.tokenizer)
     texts = [captions[i] for i in train_rows]
     tokens = [caption_tokens(processor, of_image) for of_image in texts]
     held_back = images, held_rows, [captions[i] for i in held_rows]

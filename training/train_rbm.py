@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from training.lib.arguments import DataArguments, parse_arguments
+from training.lib.captions import say_unknown_tokens
 from training.lib.checkpoints import peak_memory_mb, refuse_other_output, save_captioner, write_json
 from training.lib.data import caption_words, choose_words, split_held_back
 from training.lib.distributed import new_accelerator
@@ -48,6 +49,7 @@ def main():
     encoded = time.time()
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"]
+    say_unknown_tokens(captions, processor.tokenizer)
     word_ids = choose_words(processor.tokenizer, (captions[i] for i in train_rows.tolist()), settings.num_words)
     words = caption_words(processor.tokenizer, captions, word_ids)
     model = with_new_rbm(model, word_ids, settings, in_pieces(store, train_rows), words.share(train_rows))

@@ -198,3 +198,25 @@ def test_rerank_asks_for_the_expected_cider(model, pixel_values, block, tmp_path
     settings = model.generation_config
     assert model.config.rbm_num_phrases == settings.rbm_rerank_cider == settings.rbm_rerank_rarity == 0
     assert "cider" not in model.candidate_parts(encoding, candidates)
+
+
+def test_phrases_of_a_larger_vocabulary(model, pixel_values, tmp_path):
+    """New tokens behind the others: the same phrases, also after saving, when the numbers are read with the new base."""
+    vocab_size = model.config.text_config.vocab_size
+    numbers = torch.cat([ngram_numbers(torch.arange(5, 16)[None], n, (), vocab_size + 1)[0][0] for n in (1, 2, 3)])
+    block = PhraseBlock(len(numbers), model.config.rbm_hidden_size, vocab_size)
+    block.numbers.copy_(numbers.sort().values)
+    for part in (block.idf, block.weight, block.bias, block.length_factor):
+        part.copy_(torch.rand_like(part))
+    model.set_phrases(block)
+    encoding = model.encode_image(pixel_values)
+    captions = torch.randint(5, 16, (5 * 3, 7))
+    expected = model.candidate_parts(encoding, captions)
+    model.resize_token_embeddings(vocab_size + 13, pad_to_multiple_of=7)
+    model.save_pretrained(tmp_path)
+    for again in (model, BlipRBMForConditionalGeneration.from_pretrained(tmp_path).eval()):
+        parts = again.candidate_parts(encoding, captions)
+        for name in ("cider", "rarity", "pmi"):
+            torch.testing.assert_close(parts[name], expected[name])
+    with pytest.raises(ValueError, match="but the vocabulary would have 7 tokens"):
+        model.resize_token_embeddings(7)

@@ -1,5 +1,6 @@
 """Captions as token ids, and what a captioner writes of cached images."""
 
+import sys
 from typing import Sequence
 
 import numpy as np
@@ -9,13 +10,20 @@ from tqdm.auto import tqdm
 from modeling_blip_rbm import DecodingSettings
 from modeling_blip_rbm.configuration_blip_rbm import SIMILARITIES
 from modeling_blip_rbm.generation_blip_rbm import rerank_scores
+from training.lib.pairs import unknown_token_message
 
 
 def caption_tokens(processor, captions: list[str], max_length: int = 40) -> list[list[int]]:
     """Token ids [DEC] w1 ... wn [SEP] of captions, without the final full stop that only some of them have."""
     texts = [" ".join(caption.strip().rstrip(".").split()) for caption in captions]
-    encoded = processor.encode_text(texts, as_prompt=False, max_length=max_length)
-    return [row[mask.bool()].tolist() for row, mask in zip(encoded["input_ids"], encoded["attention_mask"])]
+    # the processor's own tokenizer, which warns of unknown words in every call, where a stage does so once
+    return processor.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+
+
+def say_unknown_tokens(captions, tokenizer):
+    """Say on stderr which share of the captions' tokens the vocabulary lacks, if it is one in a hundred or more."""
+    if message := unknown_token_message(captions, tokenizer):
+        print(message, file=sys.stderr)
 
 
 def unigram_bias(token_ids: list[int], vocab_size: int, least: float = 0.01) -> torch.Tensor:
