@@ -35,9 +35,7 @@ from .vision_blip_rbm import ImageSelfAttention, vision_tokens
 
 
 IMAGES_AT_ONCE = 4  # on a CPU: what lies between the layers of so many images stays in its caches
-SAMPLED = (
-    389  # every 389th number of a large weight tells whether it changed; a prime, so that every column has its turn
-)
+STEPS = (389, 97, 23)  # one number of so many tells whether a weight changed; primes, so that every column has its turn
 BLOCK = 512  # rows at a time of a product in 8 bits, so that its 32-bit sums stay in the cache
 
 
@@ -525,25 +523,24 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
-def state_of_weights(model) -> list[tuple]:
-    """Differs if a weight of the model was changed, moved or replaced. PyTorch counts changes, but not those through `weight.data`: so
-    some numbers are looked at."""
+def state_of_weights(model) -> tuple:
+    """Differs if a weight of the model was changed, moved or replaced."""
     modules = [(id(module), type(module)) for module in model.modules()]
-    tensors = [*model.parameters(), *model.buffers()]
-    return [modules, [_state(tensor) for tensor in tensors]]
+    return modules, *state_of([*model.parameters(), *model.buffers()])
 
 
-def _state(tensor: torch.Tensor) -> tuple:
-    if type(tensor) not in (nn.Parameter, torch.Tensor):  # a quantised one, of a class of its own
-        return (id(tensor),)
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, _sum_of_some(tensor)
-
-
-def _sum_of_some(weight: torch.Tensor) -> float:
-    """Of a large weight on a CPU some numbers in every row and every column, as all of them would take a twentieth of the time of a
-    caption. So single numbers that are changed through `weight.data` may go unseen. On a GPU, which would be waited for, none."""
-    if weight.device.type != "cpu":
-        return 0.0
-    step = SAMPLED if weight.dim() > 1 and min(weight.shape[0], weight[0].numel()) > SAMPLED else 1
-    return weight.detach().flatten()[::step].sum(dtype=torch.float64).item()
+def state_of(tensors: list[torch.Tensor]) -> tuple:
+    """Differs if one of the tensors was changed, moved or replaced. PyTorch counts changes, but not those through `weight.data`: so some
+    numbers are looked at, of a large weight a few in every row and every column, as all of them would take a twentieth of the time of a
+    caption. Single numbers that are changed through `weight.data` may go unseen; on a GPU, which would be waited for, all."""
+    seen, some = [], {}
+    for tensor in tensors:
+        if type(tensor) not in (nn.Parameter, torch.Tensor):  # a quantised one, of a class of its own
+            seen.append(id(tensor))
+            continue
+        seen.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype))
+        if tensor.device.type == "cpu":
+            rows, columns = (len(tensor), tensor.numel() // max(len(tensor), 1)) if tensor.dim() > 1 else (1, 1)
+            step = next((step for step in STEPS if step < min(rows, columns) and columns % step), 1)
+            some.setdefault(tensor.dtype, []).append(tensor.detach().flatten()[::step])
+    return seen, [torch.cat(parts).sum(dtype=torch.float64).item() for parts in some.values()]

@@ -124,6 +124,7 @@ def test_remote_code_needs_no_other_package(saved_model):
         "torch",
         "transformers",
         "tokenizers",
+        "safetensors",
         "numpy",
         "PIL",
         "tqdm",

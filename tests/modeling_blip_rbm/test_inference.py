@@ -413,16 +413,16 @@ def test_changed_weights_are_prepared_anew(model, pixel_values, change, place):
     assert torch.equal(model.generate(pixel_values, num_beams=3), slow)
 
 
-@pytest.mark.parametrize("shape", [(397, 401), (5, 397), (397, 2)])
+@pytest.mark.parametrize("shape", [(397, 401), (101, 131), (97, 194), (29, 31), (5, 397), (397, 2)])
 def test_a_change_of_one_row_or_column_is_seen(shape):
     weight = torch.nn.Parameter(torch.randn(shape).bfloat16())
-    before = inference_blip_rbm._state(weight)
+    before = inference_blip_rbm.state_of([weight])
     for part in (*weight.data, *weight.data.T):
         kept = part.clone()
         part += 0.25
-        assert inference_blip_rbm._state(weight) != before
+        assert inference_blip_rbm.state_of([weight]) != before
         part.copy_(kept)
-    assert inference_blip_rbm._state(weight) == before
+    assert inference_blip_rbm.state_of([weight]) == before
 
 
 @torch.no_grad()
