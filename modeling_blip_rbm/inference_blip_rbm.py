@@ -398,7 +398,8 @@ class FastLayer:
 def added_and_normalised(output, int8: bool) -> Callable:
     """What BLIP's `output` makes of an input and the states before, as a function of both."""
     added, norm = product(output.dense, int8=int8), output.LayerNorm
-    return lambda x, states: norm(added(x, states))
+    settings = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda x, states: torch.layer_norm(added(x, states), *settings)
 
 
 def attend_to_image(query: torch.Tensor, cache: ImageCache, layer: int, mask: Optional[torch.Tensor] = None):
