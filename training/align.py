@@ -289,7 +289,7 @@ def sum_of_recalls(entry: dict) -> float:
 
 def main():
     (args,) = parse_arguments(AlignArguments)
-    refuse_other_output(args.output_dir, "align.json", "state*", "best.pt")
+    refuse_other_output(args.output_dir)
     accelerator = new_accelerator(args.seed)
     set_seed(args.seed)
     with accelerator.main_process_first():

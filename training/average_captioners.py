@@ -41,7 +41,7 @@ def main():
     parser.add_argument("models", nargs="+", help="folders or Hub ids of captioners")
     parser.add_argument("--output_dir", required=True, help="where the average goes, in `best`")
     args = parser.parse_args()
-    refuse_other_output(args.output_dir, "captioner.json")
+    refuse_other_output(args.output_dir)
     models = [BlipRBMForConditionalGeneration.from_pretrained(name) for name in args.models]
     models[0].load_state_dict(average(models))
     output = Path(args.output_dir)

@@ -321,10 +321,10 @@ def main():
     data, args = parse_arguments(DataArguments, CapFiltArguments)
     output_dir = Path(args.output_dir)
     refuse_impossible(data, args)
-    refuse_other_output(output_dir, "capfilt.json", "rbm-0")
+    refuse_other_output(output_dir)
     noisy_dir = output_dir.with_name(output_dir.name + "-noisy")
     if args.shuffle:
-        refuse_other_output(noisy_dir, f"{data.train_split}.parquet")
+        refuse_other_output(noisy_dir)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     pooling = model.config.rbm_pooling

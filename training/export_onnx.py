@@ -112,7 +112,7 @@ def main():
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--output_dir", required=True)
     args = parser.parse_args()
-    refuse_other_output(args.output_dir, "decode.onnx")
+    refuse_other_output(args.output_dir)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     processor = BlipRBMProcessor.from_pretrained(args.model)
     images = [np.random.default_rng(i).integers(0, 256, (224, 224, 3), dtype=np.uint8) for i in range(2)]

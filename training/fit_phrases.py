@@ -113,7 +113,7 @@ def quality(
 @torch.no_grad()
 def main():
     data, args = parse_arguments(DataArguments, PhraseArguments)
-    refuse_other_output(args.output_dir, "phrases.json")
+    refuse_other_output(args.output_dir)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     rbm, text = model.rbm_layer.rbm, model.config.text_config

@@ -97,7 +97,7 @@ def shrink_captioner(model, kept: list[int]):
 
 def main():
     data, args = parse_arguments(DataArguments, ShrinkArguments)
-    refuse_other_output(args.output_dir, "vocabulary.json")
+    refuse_other_output(args.output_dir)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)

@@ -327,7 +327,7 @@ def train_captioner(
     Raises:
         ValueError: for settings that cannot be, or an output folder that holds something else.
     """
-    refuse_other_output(args.output_dir, "captioner.json", "checkpoint-*", "best", "pairs.json")
+    refuse_other_output(args.output_dir)
     refuse_impossible(captioner, args)
     args.remove_unused_columns = False
     set_seed(args.seed)

@@ -34,7 +34,7 @@ from training.lib.stage import run_stage
 
 def main():
     data, settings = parse_arguments(DataArguments, RBMArguments)
-    refuse_other_output(settings.output_dir, "rbm.json", "log.jsonl", "pairs.json")
+    refuse_other_output(settings.output_dir)
     accelerator = new_accelerator(settings.seed)
     set_seed(settings.seed)
     processor = BlipRBMProcessor.from_pretrained(settings.model)

@@ -240,7 +240,7 @@ def tune_guide_and_rerank(model, held_back: HeldBack, plain_vocabulary: int, arg
 
 def main():
     data, args = parse_arguments(DataArguments, TuningArguments)
-    refuse_other_output(args.output_dir, "tuning.json")
+    refuse_other_output(args.output_dir)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     config = model.config

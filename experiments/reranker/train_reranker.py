@@ -195,7 +195,7 @@ def train(accelerator, objective, train_set, held_candidates, held_back, setting
 
 def main():
     data, args = parse_arguments(DataArguments, RerankerArguments)
-    refuse_other_output(args.output_dir, "reranker.json")
+    refuse_other_output(args.output_dir)
     accelerator = new_accelerator(args.seed)
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(args.model)

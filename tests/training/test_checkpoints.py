@@ -205,14 +205,14 @@ def test_what_another_wrote_is_refused_by_name(tmp_path, files, found):
     for name in files:
         (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match=f"--output_dir .* holds {found}.*: nothing was changed; give a new folder"):
-        refuse_other_output(tmp_path, "rbm.json")
+        refuse_other_output(tmp_path)
     assert names(tmp_path) == sorted(files)
 
 
 def test_the_checkpoint_of_the_repository_is_refused():
     before = {file.name: file.lstat().st_mtime_ns for file in CHECKPOINT.iterdir()}
     with pytest.raises(ValueError, match="holds a model that this stage did not write"):
-        refuse_other_output(CHECKPOINT, "rbm.json", "log.jsonl", "pairs.json")
+        refuse_other_output(CHECKPOINT)
     assert {file.name: file.lstat().st_mtime_ns for file in CHECKPOINT.iterdir()} == before
 
 

@@ -169,15 +169,12 @@ def record_of_training(model: str | Path) -> Optional[dict]:
     return json.loads(file.read_text()) if file else None
 
 
-def refuse_other_output(output_dir: str | Path, *names: str) -> None:
+def refuse_other_output(output_dir: str | Path) -> None:
     """Stop before a stage writes into a folder that holds something else; else mark the folder as this stage's run.
 
     The folder may be absent, empty, or hold the marker `STAGE.run` that an earlier run of the same stage left, which
     then goes on. A folder with a model in it is finished, and refused whatever else it holds: [`save_captioner`] takes
     the marker away.
-
-    Args:
-        names: not read. The marker alone says whose a folder is.
 
     Raises:
         ValueError: if the folder holds a model, another stage's run, or anything else. Nothing was changed.
