@@ -452,7 +452,7 @@ class FastInference:
     """What stands behind the door: a model's tower, decoder and guide, prepared for inference.
 
     Args:
-        model: a `BlipRBMForConditionalGeneration`. Its weights are read now; `of` makes another one when they have changed.
+        model: a `BlipRBMForConditionalGeneration`. Its weights are read now; `open_door` makes another one when they have changed.
         int8: linear layers in 8 bits.
     """
 
