@@ -92,6 +92,44 @@ class VisionProjector(nn.Module):
         return self.output_norm(self.linear(self.norm(tokens))) + self.position
 
 
+class ClassTokens(nn.Module):
+    """What the vision tower's own classification head sees, in words that the decoder can read.
+
+    A tower trained on ImageNet names a thousand kinds of things, more than the captions of a small dataset speak of. The probabilities of the
+    classes of one everyday word ("tabby", "Egyptian cat": cat) are added; each of the k likeliest words becomes a token: a linear
+    map, at first the identity, of its embedding in the decoder, which is also its output weight, so that to read it is almost to say it; and
+    a direction times log P, which says how sure the head is. Concepts as tokens: Fang et al., CVPR 2015 (arXiv 1411.4952), detect words for a captioner in the same way.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        text = config.text_config
+        self.k = config.num_class_tokens
+        self.head = nn.Linear(config.vision_hidden_size, len(config.class_word_ids))
+        self.norm = nn.LayerNorm(text.hidden_size)
+        self.linear = nn.Linear(text.hidden_size, text.encoder_hidden_size, bias=False)
+        self.sureness = nn.Parameter(torch.zeros(text.encoder_hidden_size))
+        word_ids = sorted(set(config.class_word_ids))  # the first is -1 if there is a class without a word
+        self.register_buffer("word_ids", torch.tensor(word_ids))  # (W,)
+        self.register_buffer("word_of_class", torch.tensor([word_ids.index(i) for i in config.class_word_ids]))
+
+    def word_probabilities(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, W) of the words `word_ids`, of a tower's tokens (B, N, C)."""
+        classes = self.head(tokens.mean(1)).float().softmax(-1)
+        words = classes.new_zeros(len(tokens), len(self.word_ids)).index_add(1, self.word_of_class, classes)
+        return words.masked_fill(self.word_ids < 0, 0.0)
+
+    def forward(self, tokens: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """(B, k, D) of tokens (B, N, C) and the decoder's word embeddings (vocabulary, D)."""
+        return self.of_words(self.word_probabilities(tokens).clamp(min=1e-4).log(), embeddings)
+
+    def of_words(self, log_probabilities: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """The same (B, k, D) of words' log-probabilities (B, W), in nats."""
+        sure, which = log_probabilities.topk(self.k)
+        words = self.linear(self.norm(embeddings[self.word_ids[which].clamp(min=0)]))
+        return words + sure[..., None].to(words.dtype) * self.sureness
+
+
 class RBMLayer(nn.Module):
     """The RBM between vision tower and decoder, and the one way in which it changes image_embeds: `refine`."""
 

@@ -11,6 +11,9 @@ which all are. `capfilt.json` says how large that share is found. The head of `B
 too, on PMI alone and against hard negatives, the best of a few captions of other images, and written into the model's
 config.
 
+With `--cross_fit` the RBMs that judge are trained here, one on each half of the images, which judges the other half: a
+model that was trained on the pairs finds all of them right. The captioner needs no RBM then.
+
 With `--shuffle 0.3` that share of the captions is first exchanged between images and an RBM is trained on the noisy
 pairs of each half of the images, which judges the other half, its synthetic captions as well; with `--rounds 2` once
 more, on what the first two left. `capfilt.json` says how well the wrong ones are found. For an honest measurement the
@@ -54,7 +57,13 @@ class CapFiltArguments:
     shuffle: float = field(
         default=0.0, metadata={"help": "exchange this share of the captions first, to measure the filter"}
     )
-    epochs: int = field(default=15, metadata={"help": "of the RBMs trained on shuffled pairs"})
+    cross_fit: bool = field(
+        default=False,
+        metadata={
+            "help": "judge each half of the pairs by an RBM trained on the other half, as none that knew them could"
+        },
+    )
+    epochs: int = field(default=15, metadata={"help": "of the RBMs trained with --shuffle or --cross_fit"})
     rounds: int = field(
         default=1,
         metadata={"help": "times that those are trained, from the second on with the captions that are likelier right"},
@@ -68,6 +77,11 @@ class CapFiltArguments:
         metadata={"help": "write the fitted matching head into the model's config.json, if it is a folder"},
     )
     seed: int = field(default=0, metadata={"help": "of everything random"})
+
+    @property
+    def trains(self) -> bool:
+        """Whether the RBMs that judge are trained here."""
+        return self.cross_fit or self.shuffle > 0
 
 
 def shuffled(captions: list[list[str]], share: float, seed: int) -> tuple[list[list[str]], list[np.ndarray]]:
@@ -265,15 +279,15 @@ def add_synthetic(model, processor, images, kept, rows, words: CaptionWords, jud
 
 def refuse_impossible(data: DataArguments, args: CapFiltArguments):
     """Raises ValueError for settings that cannot be, before anything is read."""
-    if args.rounds < 1 or (args.rounds > 1 and not args.shuffle):
+    if args.rounds < 1 or (args.rounds > 1 and not args.trains):
         raise ValueError(
-            f"--rounds is {args.rounds}, but must be at least 1, and 1 without --shuffle: only RBMs of shuffled pairs are trained here"
+            f"--rounds is {args.rounds}, but must be at least 1, and 1 without --shuffle or --cross_fit, which train RBMs"
         )
     if data.streaming:
         raise ValueError("capfilt writes the images that it keeps, so it cannot stream them: leave --streaming out")
 
 
-def judges_of_shuffled_pairs(model, processor, store, captions, words, train_rows, held_rows, args: CapFiltArguments):
+def judges_of_noisy_pairs(model, processor, store, captions, words, train_rows, held_rows, args: CapFiltArguments):
     """Two RBMs of noisy pairs; in every round but the first they are trained on the captions that the two before found
     right."""
     judges = noisy_judges(model, store, words, train_rows, held_rows, args)
@@ -311,8 +325,10 @@ def words_to_judge_by(model, processor, captions, train_rows, args: CapFiltArgum
     """The RBM's words in the captions; of a captioner without an RBM, whose pairs are shuffled, the commonest ones."""
     word_ids = model.config.rbm_word_ids
     if not word_ids:
-        if not args.shuffle:
-            raise ValueError(f"{args.model} has no RBM that knows words: train one first (training.train_rbm)")
+        if not args.trains:
+            raise ValueError(
+                f"{args.model} has no RBM that knows words: train one first (training.train_rbm), or here with --cross_fit true"
+            )
         word_ids = choose_words(processor.tokenizer, (captions[i] for i in train_rows), RBMArguments.num_words)
     return caption_words(processor.tokenizer, captions, word_ids)
 
@@ -332,8 +348,8 @@ def main():
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions, wrong = shuffled(dataset["captions"][:], args.shuffle, args.seed)
     words, report = words_to_judge_by(model, processor, captions, train_rows, args), {}
-    if args.shuffle:
-        judges = judges_of_shuffled_pairs(model, processor, store, captions, words, train_rows, held_rows, args)
+    if args.trains:
+        judges = judges_of_noisy_pairs(model, processor, store, captions, words, train_rows, held_rows, args)
     else:
         judges = [(model.rbm_layer.rbm, train_rows)]
         report |= save_matching_head(model, store, words, held_rows, args)
