@@ -251,16 +251,17 @@ def synthetic_captions(model, processor, dataset, cache_dir) -> list[str]:
     return caption_rows(model, processor, store, range(len(dataset)), rbm=False, num_beams=1, max_new_tokens=20)
 
 
-def write_pairs(images: Dataset, captions: list[list[str]], folder: Path, split: str):
-    """The images that have a caption left, as a parquet data set."""
-    kept = [i for i, of_image in enumerate(captions) if of_image]
-    pairs = images.select_columns(["image", "image_id"]).select(kept)
-    pairs = pairs.add_column("captions", [captions[i] for i in kept])
+def write_pairs(dataset: Dataset, kept: dict[int, list[str]], captions: list[list[str]], folder: Path, split: str):
+    """The images that have a caption left, as a parquet data set. Held-back images, of which `kept` says nothing, stay as
+    they are: whatever stage reads the result holds the same ones back."""
+    left = [kept.get(row, of_image) for row, of_image in enumerate(captions)]
+    rows = [row for row, of_image in enumerate(left) if of_image]
+    pairs = dataset.select_columns(["image", "image_id"]).select(rows)
+    pairs = pairs.add_column("captions", [left[row] for row in rows])
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "unfinished"
     pairs.to_parquet(temporary)
     temporary.replace(folder / f"{split}.parquet")
-    return len(kept)
 
 
 def add_synthetic(model, processor, images, kept, rows, words: CaptionWords, judge: Filter, data) -> int:
@@ -370,9 +371,10 @@ def main():
     images = dataset.select(train_rows)
     if args.synthetic:
         report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)
-    report["images_kept"] = write_pairs(images, kept, output_dir, data.train_split)
+    report["images_kept"] = sum(map(bool, kept))
+    write_pairs(dataset, dict(zip(train_rows, kept)), captions, output_dir, data.train_split)
     if args.shuffle:
-        write_pairs(images, [captions[i] for i in train_rows], noisy_dir, data.train_split)
+        write_pairs(dataset, {}, captions, noisy_dir, data.train_split)
     write_json(output_dir / "capfilt.json", report)
     print(json.dumps({name: value for name, value in report.items() if name not in ("capfilt", "data")}, indent=1))
 
