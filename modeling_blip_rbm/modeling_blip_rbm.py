@@ -42,6 +42,7 @@ from .rbm import JointRBM, RBMParameters, pairwise_mutual_information, word_gain
 from .vision_blip_rbm import (
     RBMLayer,
     VisionProjector,
+    WordMaps,
     check_pixels,
     new_vision_tower,
     pool_tokens,
@@ -59,7 +60,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 
-class BlipRBMPreTrainedModel(BlipPreTrainedModel):
+class BlipRBMPreTrainedModel(WordMaps, BlipPreTrainedModel):
     """What the captioner and the retrieval head share: weights' initialisation, loading checks, the image's way to the RBM."""
 
     config_class = BlipRBMConfig
