@@ -28,12 +28,8 @@ stage $RUNS/language/captioner.json train_captioner training/recipes/language.ya
 stage $RUNS/begun build_captioner --vision "$VISION" --decoder $RUNS/language/best --class_head "$CLASS_HEAD" --output_dir $RUNS/begun
 stage $RUNS/pretrain/captioner.json train_captioner training/recipes/pretrain.yaml --model $RUNS/begun \
     --dataset "$HUMAN" "$WEB,source=web" $(texts 0.08) --output_dir $RUNS/pretrain
-# CapFilt: which captions of the web belong to their images, and the model's own in the place of the others
-stage $RUNS/filtered/capfilt.json capfilt --model $RUNS/pretrain/best --dataset "$WEB" --views 2 --held_back 500 --cross_fit true \
-    --synthetic true --output_dir $RUNS/filtered
 stage $RUNS/finetune/captioner.json train_captioner training/recipes/finetune.yaml --model $RUNS/pretrain/best \
-    --dataset "$HUMAN" $RUNS/filtered $(texts 0.05) \
-    --output_dir $RUNS/finetune
+    --dataset "$HUMAN" "$WEB" $(texts 0.12) --output_dir $RUNS/finetune
 # the RBM, its phrases, and the weights of guide and re-rank
 stage $RUNS/rbm/rbm.json train_rbm training/recipes/rbm-small.yaml --model $RUNS/finetune/best --dataset "$HUMAN" "$WEB" --output_dir $RUNS/rbm
 stage $RUNS/phrases/phrases.json fit_phrases --views 2 --held_back 1000 --model $RUNS/rbm/best --dataset "$HUMAN" "$WEB" \

@@ -287,6 +287,7 @@ def load_captioner(captioner: CaptionerArguments, processor) -> PackedCaptioner:
             module.p = 0.0 if name.endswith("self.dropout") else captioner.dropout
     model.generation_config.max_length = None  # max_new_tokens takes its place
     model.label_smoothing, model.image_token_dropout = captioner.label_smoothing, captioner.image_token_dropout
+    model.dim_images = captioner.dim_images
     model.token_dropout, model.mask_token_id = captioner.token_dropout, processor.tokenizer.mask_token_id
     if captioner.tower_learning_rate:
         model.vision_model.to(memory_format=torch.channels_last)  # convolutions up to 1.8 times as fast

@@ -131,6 +131,12 @@ class CaptionerArguments:
     )
     dropout: float = field(default=0.1, metadata={"help": "in the decoder"})
     image_token_dropout: float = field(default=0.0, metadata={"help": "share of image tokens hidden in a step"})
+    dim_images: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the images of which a step sees a tenth of the tokens, so that class tokens are read"
+        },
+    )
     token_dropout: float = field(
         default=0.0,
         metadata={"help": "share of the words so far that the decoder sees as [MASK], so that it looks at the image"},

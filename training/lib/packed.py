@@ -22,6 +22,7 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
     full_vocabulary = False
     label_smoothing = 0.0
     image_token_dropout = 0.0
+    dim_images = 0.0
     token_dropout = 0.0
     mask_token_id = None
 
@@ -61,8 +62,8 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
         if self.training and self.token_dropout:
             hidden_words = (torch.rand(input_ids.shape) < self.token_dropout) & (position_ids > 0)
             input_ids = input_ids.masked_fill(hidden_words, self.mask_token_id)
-        if self.training and self.image_token_dropout and image_embeds is not None:
-            image_mask = (torch.rand(image_embeds.shape[:2]) >= self.image_token_dropout).long()
+        if self.training and image_embeds is not None:
+            image_mask = self.seen_tokens(*image_embeds.shape[:2])
         hidden = self.text_decoder.bert(
             input_ids,
             attention_mask=packed_mask(segments, self.dtype),
@@ -93,6 +94,18 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
         if pixel_values is not None or vision_hidden_states is not None:
             return self.encode_image(pixel_values, vision_hidden_states).image_embeds
         return None if self.class_tokens is None else self.imagined(labels)
+
+    def seen_tokens(self, rows: int, tokens: int) -> Optional[torch.Tensor]:
+        """(rows, tokens) which image tokens the decoder sees in this step, by `image_token_dropout`; of a share `dim_images` of the images
+        a tenth, but all class tokens, so that it learns to read those."""
+        if not self.image_token_dropout and not self.dim_images:
+            return None
+        dropped = torch.full((rows, 1), self.image_token_dropout)
+        dropped[torch.rand(rows) < self.dim_images] = 0.9
+        seen = torch.rand(rows, tokens) >= dropped
+        if self.class_tokens is not None:
+            seen[:, -self.class_tokens.k :] = True
+        return seen.long()
 
     def imagined(self, labels: torch.Tensor) -> torch.Tensor:
         """(B, k, D): the class tokens of an image that the captions (B, T) without one may have had. Of the classes' words that are in the
