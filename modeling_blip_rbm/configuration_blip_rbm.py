@@ -45,7 +45,7 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
-POOLINGS = {"cls_mean": 2, "mean": 1, "mean_max": 2}  # V as a multiple of the tower's width
+POOLINGS = {"cls_mean": 2, "mean": 1, "mean_max": 2, "tokens": 1}  # V as a multiple of the tower's width
 SIMILARITIES = ("jaccard", "overlap")
 PHRASE_WEIGHTS = ("rbm_guidance_rarity", "rbm_rerank_cider", "rbm_rerank_rarity")  # of what the phrase block says
 TOWERS_WITH_CLS = ("blip_vision_model", "dinov2", "dinov2_with_registers", "clip_vision_model", "vit", "deit", "beit")
@@ -79,7 +79,8 @@ class BlipRBMConfig(BlipConfig):
         rbm_hidden_size (`int`, defaults to 512): H.
         rbm_visible_type (`str`, defaults to "gaussian"): units of the image block, "gaussian" or "binary".
         rbm_pooling (`str`, *optional*): how the tower's tokens (B, N, C) become the image block: "cls_mean" ([CLS ;
-            mean of the other tokens], V = 2C), "mean" (V = C) or "mean_max" ([mean ; greatest of each channel], V = 2C).
+            mean of the other tokens], V = 2C), "mean" (V = C) or "mean_max" ([mean ; greatest of each channel], V = 2C);
+            or "tokens": the block is all tokens, V = C, and a hidden cause is on at one of them (`rbm.token_input`).
             Default: "cls_mean" for towers with a CLS token, else "mean".
         rbm_visible_size (`int`, *optional*): V. Follows from tower and pooling; given, it must agree.
         rbm_num_phrases (`int`, defaults to 0): P, n-grams of which the hidden causes tell how likely they are said

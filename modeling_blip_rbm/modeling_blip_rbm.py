@@ -43,6 +43,7 @@ from .vision_blip_rbm import (
     ClassTokens,
     RBMLayer,
     VisionProjector,
+    WordMaps,
     check_pixels,
     new_vision_tower,
     pool_tokens,
@@ -60,7 +61,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 
-class BlipRBMPreTrainedModel(BlipPreTrainedModel):
+class BlipRBMPreTrainedModel(WordMaps, BlipPreTrainedModel):
     """What the captioner and the retrieval head share: weights' initialisation, loading checks, the image's way to the RBM."""
 
     config_class = BlipRBMConfig

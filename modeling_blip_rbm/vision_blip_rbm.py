@@ -20,7 +20,7 @@ from transformers import AutoModel
 from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionModel
 
 from .phrases_blip_rbm import PhraseBlock
-from .rbm import JointRBM
+from .rbm import JointRBM, token_input, token_word_map
 
 
 try:
@@ -64,8 +64,10 @@ def pool_tokens(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
 
     Args:
         pooling: "cls_mean" gives (B, 2C), [CLS ; mean of the others] (SAIL, arXiv 2412.04616); "mean" gives (B, C); "mean_max" gives
-            (B, 2C), [mean ; greatest of each channel], which keeps what is small in the image.
+            (B, 2C), [mean ; greatest of each channel], which keeps what is small in the image; "tokens" leaves them as they are.
     """
+    if pooling == "tokens":
+        return tokens
     if pooling == "mean":
         return tokens.mean(1)
     if pooling == "mean_max":
@@ -137,7 +139,11 @@ class RBMLayer(nn.Module):
         super().__init__()
         self.pooling = config.rbm_pooling
         self.rbm = JointRBM(
-            config.rbm_visible_size, len(config.rbm_word_ids), config.rbm_hidden_size, config.rbm_visible_type
+            config.rbm_visible_size,
+            len(config.rbm_word_ids),
+            config.rbm_hidden_size,
+            config.rbm_visible_type,
+            tokens=self.pooling == "tokens",
         )
         width, self.cause_tokens = config.text_config.encoder_hidden_size, config.rbm_cause_tokens
         self.shift = nn.Linear(config.rbm_hidden_size, width, bias=False)
@@ -164,6 +170,39 @@ class RBMLayer(nn.Module):
             tokens = (self.gate * self.causes(q)).view(len(q), self.cause_tokens, -1)
             refined = torch.cat([refined, tokens.to(refined.dtype)], 1)
         return refined
+
+
+class WordMaps:
+    """For a model with `vision_hidden_states`, `rbm_layer` and `config`: where in an image the RBM finds a word."""
+
+    @torch.no_grad()
+    def word_map(self, pixel_values=None, words=(), vision_hidden_states=None) -> torch.Tensor:
+        """Where in images the causes of words are, for an RBM of tokens: (B, words, N), see `rbm.token_word_map`.
+
+        Positive where a word's causes are, negative where what speaks against it is. The sum over an entry's N tokens is the change of the
+        word's log-odds when the input of all causes grows alike. Token n = row * width + column of the tower's feature map, `map.unflatten(-1,
+        (height, width))`; of a tower with a class token, that is the first, and the grid is the rest.
+
+        Args:
+            pixel_values (B, 3, S, S), or else vision_hidden_states (B, N, C).
+            words: their token ids, among `config.rbm_word_ids`.
+
+        Raises:
+            ValueError: if the RBM does not read tokens, or does not know a word.
+        """
+        rbm, config = self.rbm_layer.rbm, self.config
+        if not rbm.tokens:
+            raise ValueError(
+                f"word_map needs an RBM that reads the image's tokens, but rbm_pooling is {config.rbm_pooling!r}: train one with "
+                "training/train_rbm.py --pooling tokens"
+            )
+        if unknown := sorted(set(words) - set(config.rbm_word_ids)):
+            raise ValueError(f"the RBM does not know the tokens {unknown}; config.rbm_word_ids has those that it knows")
+        tokens = self.vision_hidden_states(pixel_values, vision_hidden_states)
+        with weights_here(rbm):
+            p = rbm.parameters_fp32
+            U = p.U[[config.rbm_word_ids.index(i) for i in words]] if words else p.c.new_zeros(0, len(p.c))
+            return token_word_map(p, token_input(p, rbm.standardise(tokens)), U)
 
 
 class ImageSelfAttention(BlipAttention):

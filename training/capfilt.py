@@ -34,13 +34,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.rbm import hidden_input, pairwise_mutual_information, pointwise_mutual_information
+from modeling_blip_rbm.rbm import pairwise_mutual_information, pointwise_mutual_information
 from training.lib.arguments import DataArguments, parse_arguments
 from training.lib.captions import caption_rows
 from training.lib.checkpoints import refuse_other_output, write_json
 from training.lib.data import CaptionWords, caption_words, choose_words, split_held_back
 from training.lib.distributed import new_accelerator
 from training.lib.features import cache_features, load_features
+from training.lib.rbm_evaluation import image_inputs
 from training.lib.rbm_objective import PooledPairs, RBMArguments
 from training.lib.rbm_training import in_pieces, train, with_new_rbm
 from training.lib.stage import run_stage
@@ -111,11 +112,11 @@ def caption_evidence(rbm, store, words: CaptionWords, rows, references, whose=No
         whose: the image whose captions are held against each of `rows`; default: itself.
     """
     p, result = rbm.parameters_fp32, []
-    others = hidden_input(p, rbm.standardise(store.batch(references)))
+    others = image_inputs(rbm, store, references)
     whose = np.asarray(rows if whose is None else whose)
     pieces = max(1, len(rows) // 512)
     for part, source in zip(np.array_split(np.asarray(rows), pieces), np.array_split(whose, pieces)):
-        a = hidden_input(p, rbm.standardise(store.batch(part)))
+        a = image_inputs(rbm, store, part)
         w = [words[i].float() for i in source]
         with_others = pairwise_mutual_information(p, others, torch.cat(w)).logsumexp(0) - np.log(len(others))
         own = torch.cat([pointwise_mutual_information(p, row[None], of_image) for row, of_image in zip(a, w)])
@@ -135,7 +136,7 @@ def fit_matching_head(rbm, store, words: CaptionWords, rows, negatives: int, see
     """The head of `BlipRBMForImageTextRetrieval`, on PMI: captions against hard negatives, each the best of a few of
     other images."""
     p, rng = rbm.parameters_fp32, np.random.default_rng(seed)
-    a = hidden_input(p, rbm.standardise(store.batch(rows)))
+    a = image_inputs(rbm, store, rows)
     similarity = pairwise_mutual_information(p, a, words.choose(np.asarray(rows), rng.random(len(rows)))).numpy()
     hard = []
     for i, row in enumerate(similarity):
@@ -251,16 +252,17 @@ def synthetic_captions(model, processor, dataset, cache_dir) -> list[str]:
     return caption_rows(model, processor, store, range(len(dataset)), rbm=False, num_beams=1, max_new_tokens=20)
 
 
-def write_pairs(images: Dataset, captions: list[list[str]], folder: Path, split: str):
-    """The images that have a caption left, as a parquet data set."""
-    kept = [i for i, of_image in enumerate(captions) if of_image]
-    pairs = images.select_columns(["image", "image_id"]).select(kept)
-    pairs = pairs.add_column("captions", [captions[i] for i in kept])
+def write_pairs(dataset: Dataset, kept: dict[int, list[str]], captions: list[list[str]], folder: Path, split: str):
+    """The images that have a caption left, as a parquet data set. Held-back images, of which `kept` says nothing, stay as
+    they are: whatever stage reads the result holds the same ones back."""
+    left = [kept.get(row, of_image) for row, of_image in enumerate(captions)]
+    rows = [row for row, of_image in enumerate(left) if of_image]
+    pairs = dataset.select_columns(["image", "image_id"]).select(rows)
+    pairs = pairs.add_column("captions", [left[row] for row in rows])
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "unfinished"
     pairs.to_parquet(temporary)
     temporary.replace(folder / f"{split}.parquet")
-    return len(kept)
 
 
 def add_synthetic(model, processor, images, kept, rows, words: CaptionWords, judge: Filter, data) -> int:
@@ -370,9 +372,10 @@ def main():
     images = dataset.select(train_rows)
     if args.synthetic:
         report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)
-    report["images_kept"] = write_pairs(images, kept, output_dir, data.train_split)
+    report["images_kept"] = sum(map(bool, kept))
+    write_pairs(dataset, dict(zip(train_rows, kept)), captions, output_dir, data.train_split)
     if args.shuffle:
-        write_pairs(images, [captions[i] for i in train_rows], noisy_dir, data.train_split)
+        write_pairs(dataset, {}, captions, noisy_dir, data.train_split)
     write_json(output_dir / "capfilt.json", report)
     print(json.dumps({name: value for name, value in report.items() if name not in ("capfilt", "data")}, indent=1))
 

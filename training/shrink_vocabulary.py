@@ -57,8 +57,12 @@ def shrink_tokenizer(tokenizer, kept: list[int]):
         file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         for stale in ("vocab.txt", "added_tokens.json"):
             (Path(folder) / stale).unlink(missing_ok=True)
+        added = {
+            str(token["id"]): {name: value for name, value in token.items() if name != "id"}
+            for token in content["added_tokens"]
+        }
         settings = Path(folder) / "tokenizer_config.json"
-        settings.write_text(json.dumps({**json.loads(settings.read_text()), "added_tokens_decoder": {}}))
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "added_tokens_decoder": added}))
         return AutoTokenizer.from_pretrained(folder)
 
 

@@ -17,6 +17,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
@@ -174,15 +175,17 @@ class CaptionTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         model = self.ema.module.eval()
-        images, rows, references = self.held_back
+        images, rows, references, parts = self.held_back
         start = time.time()
         with torch.no_grad():
             store = images.plain(model, rows)
         captions = caption_rows(
             model, self.processor, store, rows, rbm_guidance=0.0, rbm_rerank=False, **self.generation
         )
+        scores = 100 * CiderD(references).scores(captions)
         metrics = {
-            f"{metric_key_prefix}_cider": 100 * CiderD(references).scores(captions).mean(),
+            f"{metric_key_prefix}_cider": scores.mean(),
+            **{f"{metric_key_prefix}_cider_{part}": scores[parts == part].mean() for part in np.unique(parts)},
             f"{metric_key_prefix}_vocabulary": corpus_diversity(captions)["vocabulary"],
             f"{metric_key_prefix}_length": corpus_diversity(captions)["mean_length"],
             f"{metric_key_prefix}_seconds": time.time() - start,
@@ -348,8 +351,8 @@ def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerA
 class Gathered:
     """What is trained on, gathered from several data sets."""
 
-    def __init__(self, processor, clean: bool):
-        self.processor, self.clean = processor, clean
+    def __init__(self, processor, captioner: CaptionerArguments):
+        self.processor, self.clean, self.at_once = processor, captioner.of_the_image, captioner.captions_at_once
         self.rows, self.tokens, self.texts, self.weights, self.left_out = [], [], [], [], 0
 
     def add(self, row: int, captions: list[str], source: DataSource):
@@ -366,13 +369,13 @@ class Gathered:
         if self.left_out:
             print(f"left out {self.left_out:,} captions with digits, dates, addresses or agencies (--of_the_image)")
         say_unknown_tokens(self.texts, self.processor.tokenizer)
-        return PackedCaptions(images, self.rows, self.tokens, self.texts, self.weights)
+        return PackedCaptions(images, self.rows, self.tokens, self.texts, self.weights, self.at_once)
 
 
 def training_captions(data: DataArguments, captioner: CaptionerArguments, dataset, images, processor):
-    """The captions to train on, and (images, rows, references) of the held-back images; of texts alone, the held-back
-    texts as `PackedCaptions`."""
-    train, held_texts = Gathered(processor, captioner.of_the_image), Gathered(processor, captioner.of_the_image)
+    """The captions to train on, and (images, rows, references, which data set) of the held-back images; of texts alone,
+    the held-back texts as `PackedCaptions`."""
+    train, held_texts = Gathered(processor, captioner), Gathered(processor, captioner)
     held_back = None
     if dataset is not None:
         train_rows, held_rows = split_held_back(dataset, data.held_back)
@@ -381,7 +384,7 @@ def training_captions(data: DataArguments, captioner: CaptionerArguments, datase
         captions, parts, sources = dataset["captions"][:], part_of(dataset), image_sources(data)
         for row in train_rows:
             train.add(int(row), captions[row], sources[parts[row]])
-        held_back = images, held_rows, [captions[row] for row in held_rows]
+        held_back = images, held_rows, [captions[row] for row in held_rows], parts[held_rows]
     for source, texts in read_text_sources(data):
         held = set() if dataset is not None else set(range(0, len(texts), max(2, len(texts) // max(data.held_back, 1))))
         for number, of_image in enumerate(texts):

@@ -125,6 +125,10 @@ class CaptionerArguments:
         default=False,
         metadata={"help": "leave out training captions with digits, dates, addresses or agencies, as the web's have"},
     )
+    captions_at_once: int = field(
+        default=0,
+        metadata={"help": "of an image with more captions a step takes so many, drawn anew: shorter epochs; 0: all"},
+    )
     dropout: float = field(default=0.1, metadata={"help": "in the decoder"})
     image_token_dropout: float = field(default=0.0, metadata={"help": "share of image tokens hidden in a step"})
     token_dropout: float = field(

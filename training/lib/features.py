@@ -114,7 +114,7 @@ def cache_features(
     Args:
         dtype: in which the tower computes: "float32", "bfloat16" (autocast), or "auto": that of what is cached already,
             else whichever is faster on this processor. Features are kept in fp16 either way.
-        pooling: keep `pool_tokens` of each view only, which is all that an RBM needs.
+        pooling: keep `pool_tokens` of each view only, which is all that an RBM needs. None, "tokens": keep the tokens.
 
     Raises:
         OSError: if the disk is too small, with what is needed and what is free. What was encoded stays.
@@ -128,7 +128,7 @@ def cache_features(
         "images": dataset.fingerprint if isinstance(dataset, PairStream) else images_fingerprint(dataset),
         "views": views,
         "seed": seed,
-        "pooling": pooling,
+        "pooling": None if pooling == "tokens" else pooling,
     }
     settings["dtype"] = automatic_dtype(cache_dir, settings) if dtype == "auto" else dtype
     writer = FeatureWriter(cache_dir, settings)

@@ -123,6 +123,7 @@ class PackedCaptions(torch.utils.data.Dataset):
         captions: of each row, the token ids of its captions.
         texts: of each row, its captions as they were written, for a loss that scores against them.
         weights: how often each row comes in an epoch (`training/lib/mixture.py`); default: once.
+        at_once: of a row with more captions so many are drawn, anew at every call; 0: all.
     """
 
     def __init__(
@@ -132,7 +133,9 @@ class PackedCaptions(torch.utils.data.Dataset):
         captions: list[list[list[int]]],
         texts: Optional[list[list[str]]] = None,
         weights: Optional[np.ndarray] = None,
+        at_once: int = 0,
     ):
+        self.at_once = at_once
         self.images, self.rows, self.captions, self.texts = images, np.asarray(rows), captions, texts
         self.weights = np.ones(len(self.rows)) if weights is None else np.asarray(weights, float)
 
@@ -142,7 +145,10 @@ class PackedCaptions(torch.utils.data.Dataset):
     def __getitem__(self, index):
         row = int(self.rows[index])
         view = self.images.training_view(row) if row >= 0 else {}
-        return {"index": index, **view, **packed(self.captions[index])}
+        captions = self.captions[index]
+        if 0 < self.at_once < len(captions):
+            captions = [captions[i] for i in torch.randperm(len(captions))[: self.at_once].sort().values]
+        return {"index": index, **view, **packed(captions)}
 
 
 def packed(captions: list[list[int]]) -> dict[str, list[int]]:
