@@ -32,7 +32,8 @@ stage $RUNS/pretrain/captioner.json train_captioner training/recipes/pretrain.ya
 stage $RUNS/filtered/capfilt.json capfilt --model $RUNS/pretrain/best --dataset "$WEB" --views 2 --held_back 500 --cross_fit true \
     --synthetic true --output_dir $RUNS/filtered
 stage $RUNS/finetune/captioner.json train_captioner training/recipes/finetune.yaml --model $RUNS/pretrain/best \
-    --dataset "$HUMAN" $RUNS/filtered --output_dir $RUNS/finetune
+    --dataset "$HUMAN" $RUNS/filtered $(texts 0.05) \
+    --output_dir $RUNS/finetune
 # the RBM, its phrases, and the weights of guide and re-rank
 stage $RUNS/rbm/rbm.json train_rbm training/recipes/rbm-small.yaml --model $RUNS/finetune/best --dataset "$HUMAN" "$WEB" --output_dir $RUNS/rbm
 stage $RUNS/phrases/phrases.json fit_phrases --views 2 --held_back 1000 --model $RUNS/rbm/best --dataset "$HUMAN" "$WEB" \
