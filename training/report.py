@@ -27,6 +27,13 @@ DOCUMENTS = (
     "docs/alignment.md",
 )
 MEASURES = {"CIDEr-D": ".1f", "BLEU-4": ".1f", "ROUGE-L": ".1f", "METEOR": ".1f", "vocabulary": ".0f", "novel": ".2f"}
+# Data sets on which the embedded model is measured, `benchmarks/results/captions_NAME.json`; captions_old_NAME.json: the
+# embedded model of 0.1.0, whose captioner saw Flickr8k alone.
+WORLDS = {"flickr8k": "Flickr8k", "web": "web photographs", "coco": "COCO, no image of it trained on"}
+WORLD_MEASURES = {name: form for name, form in MEASURES.items() if name != "novel"} | {
+    "CHAIR-i": ".1f",
+    "CHAIR-s": ".1f",
+}
 
 
 def read(path: str):
@@ -40,9 +47,9 @@ def table(header, rows) -> str:
     return "\n".join([line(header), "|---" * len(header) + "|", *map(line, rows)])
 
 
-def measures(system: dict) -> list[str]:
-    """Cells of `MEASURES`, empty for what was not measured."""
-    return [format(system[name], form) if name in system else "" for name, form in MEASURES.items()]
+def measures(system: dict, forms: dict[str, str] = MEASURES) -> list[str]:
+    """Cells of `forms`, empty for what was not measured."""
+    return [format(system[name], form) if name in system else "" for name, form in forms.items()]
 
 
 def interval(entry: dict) -> str:
@@ -102,6 +109,28 @@ def seeds_block(name: str) -> str:
         words = f"{ours['vocabulary'] / blip['vocabulary'] - 1:+.0%}"
         rows.append([str(seed), *cells, words, f"{100 * (ours['novel'] - blip['novel']):+.1f}"])
     return table(["seed", "CIDEr-D", "BLEU-4", "ROUGE-L", "METEOR", "vocabulary", "novel, points"], rows)
+
+
+def worlds_block(folder: str = BENCHMARKS) -> str:
+    """The model before and now on each data set of `WORLDS` that was measured."""
+    rows = []
+    for world, said in WORLDS.items():
+        for prefix, model in (("old_", "old "), ("", "")):
+            file = f"{folder}/captions_{prefix}{world}.json"
+            if not (REPO / file).exists():
+                continue
+            results = read(file)
+            where = f"{said}, {results['images']:,} images of {results['split']}"
+            rows += [
+                [where, f"{model}{name}", *measures(system, WORLD_MEASURES)]
+                for name, system in results["systems"].items()
+            ]
+            ours = results["difference"]
+            apart = [interval(ours[name]) if name in ours else "" for name in WORLD_MEASURES]
+            rows.append([where, f"{model}BLIP-RBM minus {model}BLIP", *apart])
+    if not rows:
+        return "Not measured yet: `make evaluate`."
+    return table(["images", "system", *WORLD_MEASURES], rows)
 
 
 def diversity_block() -> str:
@@ -327,6 +356,7 @@ def blocks() -> dict[str, str]:
         "ablation": ablation_block(results),
         "seeds": seeds_block("seed"),
         "varied": seeds_block("varied"),
+        "worlds": worlds_block(),
         "diversity": diversity_block(),
         "confidence": confidence_block(),
         "speed": speed_block(),
