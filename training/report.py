@@ -133,6 +133,30 @@ def worlds_block(folder: str = BENCHMARKS) -> str:
     return table(["images", "system", *WORLD_MEASURES], rows)
 
 
+def worlds_cider_block(folder: str = BENCHMARKS) -> str:
+    """CIDEr-D alone of each system, a column a data set of `WORLDS`."""
+    measured = {
+        (prefix, world): read(file)
+        for prefix in ("old_", "")
+        for world in WORLDS
+        if (REPO / (file := f"{folder}/captions_{prefix}{world}.json")).exists()
+    }
+    rows = []
+    for prefix, model in (("old_", "0.1.0: "), ("", "")):
+        found = [measured.get((prefix, world)) for world in WORLDS]
+        if any(found):
+            for name in ("BLIP", "BLIP-RBM"):
+                cells = [format(one["systems"][name]["CIDEr-D"], ".1f") if one else "" for one in found]
+                rows.append([f"{model}{name}", *cells])
+            rows.append(
+                [
+                    f"{model}BLIP-RBM minus BLIP",
+                    *(interval(one["difference"]["CIDEr-D"]) if one else "" for one in found),
+                ]
+            )
+    return table(["CIDEr-D, 1,000 validation images each", *WORLDS.values()], rows) if rows else "Not measured yet."
+
+
 def diversity_block() -> str:
     diversity = read("experiments/diversity/diversity.json")
     rows = [
@@ -357,6 +381,7 @@ def blocks() -> dict[str, str]:
         "seeds": seeds_block("seed"),
         "varied": seeds_block("varied"),
         "worlds": worlds_block(),
+        "worlds_cider": worlds_cider_block(),
         "diversity": diversity_block(),
         "confidence": confidence_block(),
         "speed": speed_block(),
