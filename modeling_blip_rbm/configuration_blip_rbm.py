@@ -26,6 +26,7 @@ HUB_FILES = (
     "phrases_blip_rbm.py",
     "pipeline_blip_rbm.py",
     "processing_blip_rbm.py",
+    "processors_blip_rbm.py",
     "rbm.py",
     "vision_blip_rbm.py",
 )
