@@ -28,6 +28,7 @@ HUB_FILES = (
     "processing_blip_rbm.py",
     "processors_blip_rbm.py",
     "rbm.py",
+    "static_blip_rbm.py",
     "vision_blip_rbm.py",
 )
 AUTO_MAP = {

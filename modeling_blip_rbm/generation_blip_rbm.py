@@ -20,6 +20,7 @@ from .configuration_blip_rbm import PHRASE_WEIGHTS, SIMILARITIES, DecodingSettin
 from .inference_blip_rbm import behind_the_door, may_be_fast, open_door
 from .processors_blip_rbm import ChosenLogProb, InverseTransformSampling, RBMGuidance, word_columns, words_said
 from .rbm import bernoulli, pointwise_mutual_information
+from .static_blip_rbm import static_cache
 from .vision_blip_rbm import check_pixels, weights_here
 
 
@@ -193,7 +194,8 @@ class BlipRBMGenerationMixin(GenerationMixin):
             input_ids, attention_mask = input_ids.repeat_interleave(n, 0), attention_mask.repeat_interleave(n, 0)
         guides = self._guides(fast, encoding.hidden_input, settings, rbm_diversity, len(input_ids))
         generate_kwargs |= self._within_context(generate_kwargs, input_ids.shape[1])
-        generate_kwargs |= self._image_inputs(fast, encoding, len(input_ids), generate_kwargs)
+        room = self._longest(generate_kwargs, input_ids.shape[1])
+        generate_kwargs |= self._image_inputs(fast, encoding, len(input_ids), room, generate_kwargs)
         generate_kwargs |= {
             "inputs": input_ids,  # else transformers makes some where the weights are, which may be nowhere yet
             "input_ids": input_ids,
@@ -219,10 +221,6 @@ class BlipRBMGenerationMixin(GenerationMixin):
         settings = self.decoding_settings(kwargs.get("generation_config"), **own)
         if diversity and not self.config.rbm_word_ids:
             raise ValueError("rbm_diversity needs an RBM with words, but config.rbm_word_ids is empty")
-        if "static" in str(self._setting(kwargs, "cache_implementation", "")):
-            raise ValueError(
-                "cache_implementation is 'static', which has no room for the image's keys: leave it out, or 'dynamic'"
-            )
         if kwargs.get("assistant_model") is not None:
             raise ValueError("assistant_model is given, but an assistant is not shown the image: leave it out")
         if settings.rbm_rerank and kwargs.get("streamer") is not None:
@@ -254,19 +252,34 @@ class BlipRBMGenerationMixin(GenerationMixin):
         new = self._setting(kwargs, "max_new_tokens", None)
         if new is not None:
             return {"max_new_tokens": min(new, limit - prompt_length)}
-        length = self._setting(kwargs, "max_length", None) or 20 + prompt_length  # transformers' own default
-        return {"max_length": limit} if length > limit else {}
+        return {"max_length": limit} if self._longest(kwargs, prompt_length) > limit else {}
 
-    def _image_inputs(self, fast, encoding: ImageEncoding, rows: int, kwargs: dict) -> dict:
+    def _longest(self, kwargs: dict, prompt_length: int) -> int:
+        """Tokens of prompt and caption."""
+        new = self._setting(kwargs, "max_new_tokens", None)
+        if new is not None:
+            return prompt_length + new
+        return self._setting(kwargs, "max_length", None) or 20 + prompt_length  # transformers' own default
+
+    def _image_inputs(self, fast, encoding: ImageEncoding, rows: int, room: int, kwargs: dict) -> dict:
         """How the decoder gets the image: by the fast path's cache, or as BLIP does, where something asks for BLIP's own modules."""
         recorded = any(
             self._setting(kwargs, name, False) or getattr(self.config.text_config, name, False)
             for name in ("output_attentions", "output_hidden_states")
         )
-        own_cache = any(
-            self._setting(kwargs, name, None) is not None for name in ("past_key_values", "cache_implementation")
-        )
-        if fast is not None and not (recorded or own_cache or kwargs.get("use_cache") is False):
+        named = self._setting(kwargs, "cache_implementation", None)
+        may_be = fast is not None and not recorded and kwargs.get("use_cache") is not False
+        if may_be and named == "static":
+            options = self._setting(kwargs, "compile_config", None)
+            cache = static_cache(fast, encoding.image_embeds, room, options and options.to_dict())
+            # transformers would make a cache of its own, and compile what is around it
+            return {"past_key_values": cache, "cache_implementation": None, "compile_config": None}
+        if "static" in str(named):
+            raise ValueError(
+                f"cache_implementation is {named!r}, but BLIP's own modules have no room for the image's keys there: leave it out, or 'dynamic'. "
+                "'static' is for the fast path, which gradients, hooks, autocast and output_attentions switch off"
+            )
+        if may_be and named is None and self._setting(kwargs, "past_key_values", None) is None:
             return {"past_key_values": fast.new_cache(encoding.image_embeds)}
         return {"image_embeds": encoding.image_embeds.repeat_interleave(rows // len(encoding.image_embeds), 0)}
 
@@ -401,7 +414,11 @@ class BlipRBMGenerationMixin(GenerationMixin):
         is_sep = (sequences == self.config.text_config.sep_token_id).long()
         before_end = is_sep.cumsum(1) - is_sep == 0
         mask = (before_end & (sequences != self.decoder_pad_token_id)).long()
-        image = self._image_inputs(self._prepared(), encoding, len(sequences), {})
+        fast, image_embeds = self._prepared(), encoding.image_embeds
+        if fast is not None:
+            image = {"past_key_values": fast.new_cache(image_embeds)}
+        else:
+            image = {"image_embeds": image_embeds.repeat_interleave(len(sequences) // len(image_embeds), 0)}
         logits = self(input_ids=sequences, attention_mask=mask, use_cache=True, **image).logits
         log_prob = logits[:, :-1].float().log_softmax(-1).gather(-1, sequences[:, 1:, None])[..., 0]
         counted = mask[:, 1:] * mask[:, :-1]

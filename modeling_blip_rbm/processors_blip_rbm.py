@@ -91,8 +91,8 @@ class RBMGuidance(LogitsProcessor):
 class InverseTransformSampling(LogitsProcessor):
     """Leaves of the scores (R, vocabulary) one token in each row, drawn from their softmax, so that greedy decoding samples.
 
-    It draws one number a row, where `torch.multinomial` draws one for every token, and on a GPU waits for it to look at the probabilities:
-    on a CPU 160 rows of BLIP's 30,522 take a fiftieth of the time, which had been a third of all of it.
+    It draws one number a row, where `torch.multinomial` draws one for every token: on a CPU 160 rows of BLIP's 30,522 take a fiftieth of the
+    time, which had been a third of all of it.
 
     Args:
         kept: a list to which the scores of every step are appended, or None.

@@ -45,9 +45,12 @@ def own_precision(like: torch.Tensor):
     """While inside, products have their tensors' own precision, whatever autocast is asked for on the device of this one: energies are
     differences of large sums."""
     kind = like.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device, of which some have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _matches(name: str, value: torch.Tensor, weight: Optional[torch.Tensor]) -> torch.Tensor:
