@@ -123,7 +123,7 @@ class InverseTransformSampling(LogitsProcessor):
 
 
 class ChosenLogProb(LogitsProcessor):
-    """log P of the tokens that decoding chooses, of one step's scores at a time: the logits of all steps, of 64 images with 9 beams, are
+    """log P of the tokens that decoding chooses, of one step's scores at a time: the logits of 20 steps, of 64 images with 9 beams, are
     1.4 GB. As the first logits processor it sees what the decoder gave; `chosen`, a stopping criterion that never stops, sees the tokens
     that were taken of it.
 
@@ -144,9 +144,8 @@ class ChosenLogProb(LogitsProcessor):
 
     def chosen(self, sequences: torch.LongTensor, scores=None, **kwargs) -> torch.BoolTensor:
         rows = self.scores.unflatten(0, (-1, self.beams))  # (B, n, vocabulary)
-        tokens = (
-            sequences[:, -1].view(len(rows), 1, -1).expand(-1, self.beams, -1)
-        )  # the m best of an image, after any beam
+        # the m best of an image, each as if after any of its beams
+        tokens = sequences[:, -1].view(len(rows), 1, -1).expand(-1, self.beams, -1)
         self.tokens.append(tokens.flatten(0, 1))
         self.log_probs.append(rows.gather(2, tokens).flatten(0, 1))  # (R, m)
         self.scores = None
@@ -155,8 +154,6 @@ class ChosenLogProb(LogitsProcessor):
     def of(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """log P (C, T) of new tokens (C, T), each taken in that row (C, T) of its step; anything for tokens that were not."""
         steps = torch.arange(tokens.shape[1], device=rows.device)
-        taken, log_probs = (
-            torch.stack(part[: len(steps)])[steps, rows] for part in (self.tokens, self.log_probs)
-        )  # (C, T, m)
+        taken, log_probs = (torch.stack(part[: len(steps)])[steps, rows] for part in (self.tokens, self.log_probs))
         place = (taken == tokens[..., None]).int().argmax(-1, keepdim=True)
         return log_probs.gather(-1, place)[..., 0]

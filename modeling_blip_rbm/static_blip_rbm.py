@@ -21,7 +21,7 @@ class StaticImageCache(ImageCache):
         room: tokens, prompt and caption. step: `FastDecoder.step`, or it compiled.
     """
 
-    def __init__(self, decoder: "FastDecoder", image_embeds: torch.Tensor, room: int, step: Callable):
+    def __init__(self, decoder: FastDecoder, image_embeds: torch.Tensor, room: int, step: Callable):
         super().__init__(decoder, image_embeds)
         self.room, self.step, self.length, self.text, self.place = room, step, 0, None, None
         for layer in self.cross_attention_cache.layers:
@@ -56,6 +56,9 @@ class StaticImageCache(ImageCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
+
+    def crop(self, *args):
+        raise ValueError("a static cache cannot go back, as assisted decoding asks: leave cache_implementation out")
 
     def reorder_cache(self, beam_idx):
         self.text.copy_(self.text.index_select(2, beam_idx))  # in its place

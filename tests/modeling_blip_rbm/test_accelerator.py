@@ -128,32 +128,48 @@ def test_the_count_sees_what_waits(model, pixel_values, waits):
         )
 
 
+def five_steps(model, encoding, order: str, static: bool, prepared=lambda: None):
+    """What a step of `generate` does, without transformers' loop around it; `prepared` is called before the first."""
+    fast, device = FastInference(model), encoding.image_embeds.device
+    settings = model.decoding_settings(rbm_guidance=0.7, rbm_guidance_order=order)
+    guides = model._guides(fast, encoding.hidden_input, settings, 0.0, 2)
+    log_prob, sampling = ChosenLogProb(3), InverseTransformSampling()
+    cache = static_cache(fast, encoding.image_embeds, 7) if static else fast.new_cache(encoding.image_embeds)
+    ids = torch.ones(6, 1, dtype=torch.long, device=device)
+    prepared()
+    for _ in range(5):
+        inputs = model.prepare_inputs_for_generation(ids, past_key_values=cache, attention_mask=torch.ones_like(ids))
+        scores = model(**inputs).logits[:, -1].float()
+        for processor in (log_prob, *guides, sampling):
+            scores = processor(ids, scores)
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
+        log_prob.chosen(ids)
+        cache.reorder_cache(torch.zeros(6, dtype=torch.long, device=device))
+    assert log_prob.of(ids[:, 1:], torch.zeros_like(ids[:, 1:])).shape == (6, 5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("order", ["exact", "second"])
 @pytest.mark.parametrize("static", [False, True])
 def test_a_step_on_a_device_that_cannot_be_read(order, static):
     """Fake tensors on a device that is no CPU: they raise where a number is read, and where a tensor of the host meets one of theirs."""
-    settings = {"rbm_guidance": 0.7, "rbm_guidance_order": order}
     model = BlipRBMForConditionalGeneration(tiny_config()).eval()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        model = model.to("meta")
-        fast = FastInference(model)
-        encoding = model.encode_image(torch.empty(2, 3, 24, 24, device="meta"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        encoding = model.to("meta").encode_image(torch.empty(2, 3, 24, 24, device="meta"))
         with pytest.raises(DataDependentOutputException):
             encoding.hidden_input.sum().item()
-        ids = torch.ones(6, 1, dtype=torch.long, device="meta")
-        guides = model._guides(fast, encoding.hidden_input, model.decoding_settings(**settings), 0.0, 2)
-        log_prob, sampling = ChosenLogProb(3), InverseTransformSampling()
-        cache = static_cache(fast, encoding.image_embeds, 7) if static else fast.new_cache(encoding.image_embeds)
-        for _ in range(5):
-            mask = torch.ones_like(ids)
-            inputs = model.prepare_inputs_for_generation(ids, past_key_values=cache, attention_mask=mask)
-            scores = model(**inputs).logits[:, -1].float()
-            for processor in (log_prob, *guides, sampling):
-                scores = processor(ids, scores)
-            ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
-            log_prob.chosen(ids)
-            cache.reorder_cache(torch.zeros(6, dtype=torch.long, device="meta"))
-        assert log_prob.of(ids[:, 1:], torch.zeros_like(ids[:, 1:])).shape == (6, 5)
+        five_steps(model, encoding, order, static)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("static", [False, True])
+def test_a_step_on_a_gpu(model, pixel_values, static):
+    encoding = model.cuda().encode_image(pixel_values[:2].cuda())
+    try:
+        five_steps(model, encoding, "exact", static, lambda: torch.cuda.set_sync_debug_mode("error"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_gate_is_read_when_it_has_changed(monkeypatch, pixel_values):
