@@ -194,8 +194,7 @@ class BlipRBMGenerationMixin(GenerationMixin):
             input_ids, attention_mask = input_ids.repeat_interleave(n, 0), attention_mask.repeat_interleave(n, 0)
         guides = self._guides(fast, encoding.hidden_input, settings, rbm_diversity, len(input_ids))
         generate_kwargs |= self._within_context(generate_kwargs, input_ids.shape[1])
-        room = self._longest(generate_kwargs, input_ids.shape[1])
-        generate_kwargs |= self._image_inputs(fast, encoding, len(input_ids), room, generate_kwargs)
+        generate_kwargs |= self._image_inputs(fast, encoding, input_ids.shape, generate_kwargs)
         generate_kwargs |= {
             "inputs": input_ids,  # else transformers makes some where the weights are, which may be nowhere yet
             "input_ids": input_ids,
@@ -261,8 +260,9 @@ class BlipRBMGenerationMixin(GenerationMixin):
             return prompt_length + new
         return self._setting(kwargs, "max_length", None) or 20 + prompt_length  # transformers' own default
 
-    def _image_inputs(self, fast, encoding: ImageEncoding, rows: int, room: int, kwargs: dict) -> dict:
-        """How the decoder gets the image: by the fast path's cache, or as BLIP does, where something asks for BLIP's own modules."""
+    def _image_inputs(self, fast, encoding: ImageEncoding, prompts: tuple[int, int], kwargs: dict) -> dict:
+        """How the decoder gets the image after so many prompts of such a length: by the fast path's cache, or as BLIP does, where something
+        asks for BLIP's own modules."""
         recorded = any(
             self._setting(kwargs, name, False) or getattr(self.config.text_config, name, False)
             for name in ("output_attentions", "output_hidden_states")
@@ -271,6 +271,7 @@ class BlipRBMGenerationMixin(GenerationMixin):
         may_be = fast is not None and not recorded and kwargs.get("use_cache") is not False
         if may_be and named == "static":
             options = self._setting(kwargs, "compile_config", None)
+            room = self._longest(kwargs, prompts[1])
             cache = static_cache(fast, encoding.image_embeds, room, options and options.to_dict())
             # transformers would make a cache of its own, and compile what is around it
             return {"past_key_values": cache, "cache_implementation": None, "compile_config": None}
@@ -281,7 +282,7 @@ class BlipRBMGenerationMixin(GenerationMixin):
             )
         if may_be and named is None and self._setting(kwargs, "past_key_values", None) is None:
             return {"past_key_values": fast.new_cache(encoding.image_embeds)}
-        return {"image_embeds": encoding.image_embeds.repeat_interleave(rows // len(encoding.image_embeds), 0)}
+        return {"image_embeds": encoding.image_embeds.repeat_interleave(prompts[0] // len(encoding.image_embeds), 0)}
 
     def _fit_prompts(self, encoding: ImageEncoding, input_ids, attention_mask, alone: bool):
         """The encoding, prompts (R, T) and their mask: R a multiple of the images, an image's prompts adjacent; with `alone` as many
