@@ -10,8 +10,9 @@ import torch
 from benchmarks import gpu
 
 
-def test_a_tiny_shape_on_the_cpu(tmp_path, capsys):
-    argv = ["gpu", "--device", "cpu", "--output", str(tmp_path / "gpu.json")]
+def test_a_tiny_shape_on_the_cpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "NEW_TOKENS", 5)
+    argv = ["gpu", "--device", "cpu", "--seconds", "3600", "--output", str(tmp_path / "gpu.json")]
     with mock.patch.object(sys, "argv", argv):
         gpu.main()
     results, printed = json.loads((tmp_path / "gpu.json").read_text()), capsys.readouterr().out
