@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark, or those that are named: bash benchmarks/run.sh [boltzmann] [generate] [contrastive] [scale]. Needs a quiet machine.
+# Every benchmark, or those that are named: bash benchmarks/run.sh [boltzmann] [generate] [contrastive] [scale] [gpu]. Needs a quiet machine.
 set -euo pipefail
 . "$(dirname "$0")/../experiments/paths.sh"
 RESULTS=benchmarks/results
@@ -36,11 +36,15 @@ scale() { # what the RBM stage takes: the ten-minute path on DATASET, memory at 
     "$PYTHON" -m benchmarks.scale --output "$RESULTS/scale.json"
 }
 
+gpu() { # stock BLIP and ours on a GPU: eight minutes
+    "$PYTHON" -m benchmarks.gpu --output "$RESULTS/gpu.json"
+}
+
 for name in "${@:-boltzmann generate contrastive scale}"; do
     for benchmark in $name; do
         case $benchmark in
-        boltzmann | generate | contrastive | scale) "$benchmark" ;;
-        *) echo "benchmarks/run.sh: $benchmark is no benchmark: boltzmann, generate, contrastive or scale" >&2 && exit 2 ;;
+        boltzmann | generate | contrastive | scale | gpu) "$benchmark" ;;
+        *) echo "benchmarks/run.sh: $benchmark is no benchmark: boltzmann, generate, contrastive, scale or gpu" >&2 && exit 2 ;;
         esac
     done
 done

@@ -26,7 +26,9 @@ HUB_FILES = (
     "phrases_blip_rbm.py",
     "pipeline_blip_rbm.py",
     "processing_blip_rbm.py",
+    "processors_blip_rbm.py",
     "rbm.py",
+    "static_blip_rbm.py",
     "vision_blip_rbm.py",
 )
 AUTO_MAP = {

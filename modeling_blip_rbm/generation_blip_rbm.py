@@ -1,6 +1,6 @@
 """Where the RBM touches the words: guide (while a caption is written) and re-rank (when candidates are finished).
 
-    logits[k] += beta * g_k(x, words said)                                  guide: `RBMGuidance`, gains g of `rbm.word_gains`
+    logits[k] += beta * g_k(x, words said)                        guide: `RBMGuidance` of processors_blip_rbm.py
     score = log P / length^alpha + l1 PMI + l2 consensus + l3 E[CIDEr-D] + l4 rarity       re-rank: `rerank_scores`
 
 The weights are `DecodingSettings`, stored in generation_config.json.
@@ -13,12 +13,14 @@ from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList
 from transformers.utils import logging
 
 from .configuration_blip_rbm import PHRASE_WEIGHTS, SIMILARITIES, DecodingSettings, is_int, is_number
 from .inference_blip_rbm import behind_the_door, may_be_fast, open_door
-from .rbm import RBMParameters, bernoulli, gain_moments, pointwise_mutual_information, word_gains
+from .processors_blip_rbm import ChosenLogProb, InverseTransformSampling, RBMGuidance, word_columns, words_said
+from .rbm import bernoulli, pointwise_mutual_information
+from .static_blip_rbm import static_cache
 from .vision_blip_rbm import check_pixels, weights_here
 
 
@@ -30,109 +32,6 @@ class ImageEncoding(NamedTuple):
 
     image_embeds: torch.Tensor  # (B, N, D) what the decoder attends to
     hidden_input: torch.Tensor  # a (B, H), the RBM's hidden input from the image alone
-
-
-def word_columns(word_ids: list[int], vocab_size: int, device=None) -> torch.Tensor:
-    """(vocab_size,) column of each token id in the word block, K for tokens that have none."""
-    columns = torch.full((vocab_size,), len(word_ids), device=device)
-    columns[torch.tensor(word_ids, device=device, dtype=torch.long)] = torch.arange(len(word_ids), device=device)
-    return columns
-
-
-def words_said(token_ids: torch.Tensor, columns: torch.Tensor, num_words: int) -> torch.Tensor:
-    """w (R, K) in {0, 1}: which of the RBM's words stand in the token sequences (R, T)."""
-    said = torch.zeros(token_ids.shape[0], num_words + 1, device=token_ids.device)
-    return said.scatter_(1, columns[token_ids], 1.0)[:, :num_words]
-
-
-class RBMGuidance(LogitsProcessor):
-    """Guide: adds beta * clip(g_k) to the score of every word k not yet said.
-
-    g_k is how much more the free energy falls by saying k of this image than by saying it of the average image (`rbm.word_gains`): once
-    "dog" is said, the causes that it shares are explained, and other words gain. Words outside the RBM's vocabulary gain nothing. As
-    free-energy differences, the gains along a caption add up to the pointwise mutual information of its words and the image: beam search
-    looks for the best log P(caption | image) + beta * PMI, which is why the scores are not normalised again (sampling does so itself).
-
-    Args:
-        parameters: of the RBM. hidden_input: a (B, H) of the images; rows R of the scores must be a multiple of B, an image's rows
-            adjacent. word_ids: token ids (K,) of the RBM's words.
-        beta: weight, or of each word one of its own (K,). clip: bound on |g_k| in nats. order: see `rbm.word_gains`.
-        causes: h (B, H), sampled hidden causes that these captions shall be about: word k gains diversity * U_k'(h - q), its
-            log-odds given h less those given the mean, q = P(h | x).
-        diversity: weight of the causes.
-        product: what multiplies `rbm.gain_moments` with `rbm.gain_weights` of this order, where that is faster; None: `rbm.word_gains`.
-    """
-
-    def __init__(
-        self,
-        parameters: RBMParameters,
-        hidden_input,
-        word_ids,
-        vocab_size,
-        beta,
-        clip=5.0,
-        order="exact",
-        causes=None,
-        diversity=0.0,
-        product=None,
-    ):
-        self.parameters, self.hidden_input, self.product = parameters, hidden_input, product
-        self.shift = None
-        if causes is not None:
-            shift = (causes - torch.sigmoid(hidden_input)) @ parameters.U.T  # (B, K)
-            self.shift = diversity * shift.clamp(-clip, clip)
-        self.word_ids = torch.tensor(word_ids, device=hidden_input.device)
-        self.columns = word_columns(word_ids, vocab_size, hidden_input.device)
-        self.beta, self.clip, self.order = beta, clip, order
-
-    def gains(self, said: torch.Tensor) -> torch.Tensor:
-        """g (R, K) in nats of the words after those said (R, K), zero for these."""
-        p, explained = self.parameters, said @ self.parameters.U
-        a = self.hidden_input.repeat_interleave(len(said) // len(self.hidden_input), 0) + explained
-        than = p.c + explained
-        if self.product is None:
-            gains = word_gains(p, a, self.order, than)
-        else:
-            gains = self.product(gain_moments(a, self.order, than))
-        return gains.clamp(-self.clip, self.clip) * (1 - said)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        said = words_said(input_ids, self.columns, len(self.word_ids))
-        bonus = 0.0 if self.beta is None else self.beta * self.gains(said)
-        if self.shift is not None:
-            bonus = bonus + self.shift.repeat_interleave(len(said) // len(self.shift), 0) * (1 - said)
-        return scores.index_add(1, self.word_ids, bonus.to(scores.dtype))
-
-
-class InverseTransformSampling(LogitsProcessor):
-    """Leaves of the scores (R, vocabulary) one token in each row, drawn from their softmax, so that greedy decoding samples.
-
-    It draws one number a row, where `torch.multinomial` on a CPU draws one for every token: 160 rows of BLIP's 30,522 take a fiftieth of the
-    time, which had been a third of all of it.
-
-    Args:
-        kept: a list to which the scores of every step are appended, or None.
-
-    Raises:
-        ValueError: if there are scores that are no numbers, or a row without a token that is left.
-    """
-
-    def __init__(self, kept: Optional[list] = None):
-        self.kept = kept
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.kept is not None:
-            self.kept.append(scores)
-        cumulative = scores.softmax(-1).cumsum(-1)
-        if cumulative[:, -1].isnan().any():
-            raise ValueError(
-                "there is nothing to sample from: the next token's scores have NaN, or rule out every token. Look at the model's weights, "
-                "and at what the logits processors leave"
-            )
-        # in (0, 1]: the first token up to which there is as much is never one of probability 0
-        drawn = (1 - torch.rand(len(scores), 1, device=scores.device)) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, drawn)
-        return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
 
 
 def caption_similarity(sequences: torch.Tensor, kind: str, ignored: tuple[int, ...]) -> torch.Tensor:
@@ -295,7 +194,7 @@ class BlipRBMGenerationMixin(GenerationMixin):
             input_ids, attention_mask = input_ids.repeat_interleave(n, 0), attention_mask.repeat_interleave(n, 0)
         guides = self._guides(fast, encoding.hidden_input, settings, rbm_diversity, len(input_ids))
         generate_kwargs |= self._within_context(generate_kwargs, input_ids.shape[1])
-        generate_kwargs |= self._image_inputs(fast, encoding, len(input_ids), generate_kwargs)
+        generate_kwargs |= self._image_inputs(fast, encoding, input_ids.shape, generate_kwargs)
         generate_kwargs |= {
             "inputs": input_ids,  # else transformers makes some where the weights are, which may be nowhere yet
             "input_ids": input_ids,
@@ -321,10 +220,6 @@ class BlipRBMGenerationMixin(GenerationMixin):
         settings = self.decoding_settings(kwargs.get("generation_config"), **own)
         if diversity and not self.config.rbm_word_ids:
             raise ValueError("rbm_diversity needs an RBM with words, but config.rbm_word_ids is empty")
-        if "static" in str(self._setting(kwargs, "cache_implementation", "")):
-            raise ValueError(
-                "cache_implementation is 'static', which has no room for the image's keys: leave it out, or 'dynamic'"
-            )
         if kwargs.get("assistant_model") is not None:
             raise ValueError("assistant_model is given, but an assistant is not shown the image: leave it out")
         if settings.rbm_rerank and kwargs.get("streamer") is not None:
@@ -356,21 +251,38 @@ class BlipRBMGenerationMixin(GenerationMixin):
         new = self._setting(kwargs, "max_new_tokens", None)
         if new is not None:
             return {"max_new_tokens": min(new, limit - prompt_length)}
-        length = self._setting(kwargs, "max_length", None) or 20 + prompt_length  # transformers' own default
-        return {"max_length": limit} if length > limit else {}
+        return {"max_length": limit} if self._longest(kwargs, prompt_length) > limit else {}
 
-    def _image_inputs(self, fast, encoding: ImageEncoding, rows: int, kwargs: dict) -> dict:
-        """How the decoder gets the image: by the fast path's cache, or as BLIP does, where something asks for BLIP's own modules."""
+    def _longest(self, kwargs: dict, prompt_length: int) -> int:
+        """Tokens of prompt and caption."""
+        new = self._setting(kwargs, "max_new_tokens", None)
+        if new is not None:
+            return prompt_length + new
+        return self._setting(kwargs, "max_length", None) or 20 + prompt_length  # transformers' own default
+
+    def _image_inputs(self, fast, encoding: ImageEncoding, prompts: tuple[int, int], kwargs: dict) -> dict:
+        """How the decoder gets the image after so many prompts of such a length: by the fast path's cache, or as BLIP does, where something
+        asks for BLIP's own modules."""
         recorded = any(
             self._setting(kwargs, name, False) or getattr(self.config.text_config, name, False)
             for name in ("output_attentions", "output_hidden_states")
         )
-        own_cache = any(
-            self._setting(kwargs, name, None) is not None for name in ("past_key_values", "cache_implementation")
-        )
-        if fast is not None and not (recorded or own_cache or kwargs.get("use_cache") is False):
+        named = self._setting(kwargs, "cache_implementation", None)
+        may_be = fast is not None and not recorded and kwargs.get("use_cache") is not False
+        if may_be and named == "static":
+            options = self._setting(kwargs, "compile_config", None)
+            room = self._longest(kwargs, prompts[1])
+            cache = static_cache(fast, encoding.image_embeds, room, options and options.to_dict())
+            # transformers would make a cache of its own, and compile what is around it
+            return {"past_key_values": cache, "cache_implementation": None, "compile_config": None}
+        if "static" in str(named):
+            raise ValueError(
+                f"cache_implementation is {named!r}, but BLIP's own modules have no room for the image's keys there: leave it out, or 'dynamic'. "
+                "'static' is for the fast path, which gradients, hooks, autocast and output_attentions switch off"
+            )
+        if may_be and named is None and self._setting(kwargs, "past_key_values", None) is None:
             return {"past_key_values": fast.new_cache(encoding.image_embeds)}
-        return {"image_embeds": encoding.image_embeds.repeat_interleave(rows // len(encoding.image_embeds), 0)}
+        return {"image_embeds": encoding.image_embeds.repeat_interleave(prompts[0] // len(encoding.image_embeds), 0)}
 
     def _fit_prompts(self, encoding: ImageEncoding, input_ids, attention_mask, alone: bool):
         """The encoding, prompts (R, T) and their mask: R a multiple of the images, an image's prompts adjacent; with `alone` as many
@@ -445,17 +357,22 @@ class BlipRBMGenerationMixin(GenerationMixin):
         ]
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
-        """Transformers' own, which on a CPU draws tokens by `InverseTransformSampling`."""
-        if not generation_config.do_sample or input_ids.device.type != "cpu":
+        """Transformers' own, but tokens are drawn by `InverseTransformSampling`."""
+        logits_processor = ChosenLogProb.first(logits_processor)
+        if not generation_config.do_sample:
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs)
         scores = [] if generation_config.output_scores and generation_config.return_dict_in_generate else None
-        logits_processor = LogitsProcessorList([*logits_processor, InverseTransformSampling(scores)])
-        generation_config = copy.copy(generation_config)
+        sampler, generation_config = InverseTransformSampling(scores), copy.copy(generation_config)
+        logits_processor.append(sampler)
         generation_config.do_sample = generation_config.output_scores = False
         outputs = super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs)
+        sampler.check()
         if scores is not None:
             outputs.scores = tuple(scores)
         return outputs
+
+    def _beam_search(self, input_ids, logits_processor, *args, **kwargs):
+        return super()._beam_search(input_ids, ChosenLogProb.first(logits_processor), *args, **kwargs)
 
     # ------------------------------------------------------------------ re-rank
 
@@ -466,17 +383,17 @@ class BlipRBMGenerationMixin(GenerationMixin):
         if not self._setting(kwargs, "do_sample", False) or num_beams > 1:
             kwargs["num_beams"] = max(num_beams, n)
         as_dict = self._setting(kwargs, "return_dict_in_generate", False)
-        with_logits = self._setting(kwargs, "output_logits", False)
-        outputs = GenerationMixin.generate(self, **kwargs | {"return_dict_in_generate": True, "output_logits": True})
+        log_prob = ChosenLogProb(self._setting(kwargs, "num_beams", 1))
+        kwargs["logits_processor"] = [log_prob, *kwargs["logits_processor"]]
+        kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), log_prob.chosen]
+        outputs = GenerationMixin.generate(self, **kwargs | {"return_dict_in_generate": True})
         sequences = outputs.sequences
-        scored = self._score_generated(outputs, prompt_length=kwargs["input_ids"].shape[1])
+        scored = self._score_generated(outputs, log_prob, prompt_length=kwargs["input_ids"].shape[1])
         scores = self.candidate_scores(encoding, sequences, scored, settings)  # (B, n)
         best, order = scores.topk(wanted, dim=1)
         rows = (order + n * torch.arange(len(order), device=order.device)[:, None]).flatten()
         if not as_dict:
             return sequences[rows]
-        if not with_logits:
-            outputs.logits = None
         outputs.sequences = sequences[rows]
         for name in ("sequences_scores", "beam_indices"):
             if getattr(outputs, name, None) is not None:
@@ -498,32 +415,30 @@ class BlipRBMGenerationMixin(GenerationMixin):
         is_sep = (sequences == self.config.text_config.sep_token_id).long()
         before_end = is_sep.cumsum(1) - is_sep == 0
         mask = (before_end & (sequences != self.decoder_pad_token_id)).long()
-        image = self._image_inputs(self._prepared(), encoding, len(sequences), {})
+        fast, image_embeds = self._prepared(), encoding.image_embeds
+        if fast is not None:
+            image = {"past_key_values": fast.new_cache(image_embeds)}
+        else:
+            image = {"image_embeds": image_embeds.repeat_interleave(len(sequences) // len(image_embeds), 0)}
         logits = self(input_ids=sequences, attention_mask=mask, use_cache=True, **image).logits
         log_prob = logits[:, :-1].float().log_softmax(-1).gather(-1, sequences[:, 1:, None])[..., 0]
         counted = mask[:, 1:] * mask[:, :-1]
         return (log_prob * counted).sum(-1), counted.sum(-1)
 
-    def _score_generated(self, outputs, prompt_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `score_captions`, of the tokens after the prompt, from the logits (steps of (R, vocabulary)) that `generate` has computed
-        anyway: decoding them once more took as long as decoding them. There may be more steps than the longest candidate has tokens.
-
-        transformers' `compute_transition_scores` gives the same, but copies all logits several times: 16 images with 10 beams took three times
-        as long and 280 MB more."""
+    def _score_generated(self, outputs, log_prob: ChosenLogProb, prompt_length: int):
+        """As `score_captions`, of the tokens after the prompt, from what decoding computed anyway: to decode them once more took as long as
+        decoding them. None where it has not been seen (assisted decoding, of one candidate)."""
         tokens = outputs.sequences[:, prompt_length:]
+        if not log_prob.tokens:
+            return None
         is_sep = (tokens == self.config.text_config.sep_token_id).long()
         counted = (is_sep.cumsum(1) - is_sep == 0) & (tokens != self.decoder_pad_token_id)
-        # in which row of the step's logits a token was chosen, -1 after the end
+        # in which row of the step's scores a token was chosen, -1 after the end
         rows = getattr(outputs, "beam_indices", None)
         if rows is None:
             rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
-        rows = rows[:, : tokens.shape[1]].clamp(min=0)
-        log_prob = []
-        for logits, row, token in zip(outputs.logits, rows.T, tokens.T):
-            used, place = row.unique(return_inverse=True)  # candidates share what they begin with
-            log_prob.append(logits[used].log_softmax(-1)[place, token])
-        log_prob = torch.stack(log_prob, 1)
-        return (log_prob * counted).sum(-1), counted.sum(-1)
+        of_tokens = log_prob.of(tokens, rows[:, : tokens.shape[1]].clamp(min=0))
+        return of_tokens.masked_fill(~counted, 0.0).sum(-1), counted.sum(-1)
 
     @torch.no_grad()
     def candidate_parts(

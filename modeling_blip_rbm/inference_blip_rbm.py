@@ -4,7 +4,8 @@
 model's weights and kept beside the model, which stays as it is: it can be trained, saved, pickled and quantised before and after.
 
     vision tower   batch normalisation folded into convolutions, a few images at a time on a CPU, packed linear layers
-    text decoder   an image's keys and values once, not once a beam (`ImageCache`); a step without what BLIP decides anew in every layer
+    text decoder   an image's keys and values once, not once a beam (`ImageCache`); a step without what BLIP decides anew in every layer,
+                   which may be compiled (static_blip_rbm.py)
     linear layers  weights packed in the order in which oneDNN reads them, or in 8 bits
 
 The results are the model's own up to rounding (tests/modeling_blip_rbm/test_inference.py). What is used is decided by the kind of
@@ -30,7 +31,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.blip.modeling_blip import BlipMLP
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
-from .rbm import gain_weights
+from .rbm import autocasts, gain_weights
 from .vision_blip_rbm import ImageSelfAttention, vision_tokens
 
 
@@ -82,8 +83,8 @@ def product(*layers: nn.Module, activation: Optional[Callable] = None, int8: boo
     """The outputs of linear layers of one input x (..., I), side by side, as a function f(x, residual=None) that is called many times.
 
     Weights of plain `nn.Linear` layers on a CPU are packed where `PACKING` says so: reading a large weight is what multiplying a few rows
-    costs, and oneDNN reads its own order several times faster. All other layers (adapters, quantised ones, on a GPU) are called as they
-    are.
+    costs, and oneDNN reads its own order several times faster. On a GPU several of them are one product. All other layers (adapters,
+    quantised ones) are called as they are.
 
     Args:
         activation: applied to the outputs.
@@ -94,10 +95,14 @@ def product(*layers: nn.Module, activation: Optional[Callable] = None, int8: boo
         f(x, residual) = activation(x W' + b) + residual, each optional.
     """
     in_turn = _in_turn(layers[0] if len(layers) == 1 else lambda x: torch.cat([f(x) for f in layers], -1), activation)
-    if not all(_can_be_packed(layer) for layer in layers):
+    if not all(_is_plain(layer) for layer in layers):
         return in_turn
     weight = (layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])).detach()
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers]).detach()
+    if weight.device.type != "cpu":  # one kernel, not four
+        return _in_turn(lambda x: F.linear(x, weight, bias), activation)
+    if not all(_can_be_packed(layer) for layer in layers):
+        return in_turn
     # a few rows in 16 bits: rounding them takes longer than reading half of the weight less
     if int8 and not (few_rows and weight.dtype == torch.bfloat16):
         rounded = Int8Weight.of(weight)
@@ -115,9 +120,9 @@ def product(*layers: nn.Module, activation: Optional[Callable] = None, int8: boo
         fast = _in_turn(lambda x: _linear(x, packed, bias, "gelu"))
     else:
         fast = _in_turn(lambda x: _linear(x, packed, bias), activation)
-    if kind.least_rows == 1:
-        return fast
-    return lambda x, residual=None: (in_turn if _rows(x) < kind.least_rows else fast)(x, residual)
+    # a compiler knows of no packed weights
+    plain = lambda x: _rows(x) < kind.least_rows or torch.compiler.is_compiling()
+    return lambda x, residual=None: (in_turn if plain(x) else fast)(x, residual)
 
 
 def packed_product(weight: torch.Tensor) -> Callable:
@@ -129,10 +134,14 @@ def packed_product(weight: torch.Tensor) -> Callable:
     return lambda x: F.linear(x, weight) if _rows(x) < kind.least_rows else _linear(x, packed)
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+
+
 def _can_be_packed(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Linear or layer.weight.device.type != "cpu":
-        return False
-    return type(layer.weight) is nn.Parameter and layer.weight.dtype in (torch.float32, torch.bfloat16)
+    return (
+        _is_plain(layer) and layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.float32, torch.bfloat16)
+    )
 
 
 def _rows(x: torch.Tensor) -> int:
@@ -298,8 +307,15 @@ class ImageCache(EncoderDecoderCache):
         if image_mask is not None and len(image_mask) > len(self.image_embeds):
             # generate repeats it for every beam; here is one of each image
             image_mask = image_mask[:: len(image_mask) // len(self.image_embeds)]
+        return self.scores(input_ids, attention_mask, position_ids, image_mask, keep)
+
+    def scores(self, input_ids, attention_mask, position_ids, image_mask, keep) -> torch.Tensor:
         states = self.decoder.states(input_ids, self, attention_mask, position_ids, image_mask)
         return self.decoder.logits(states[:, keep])
+
+    def update_text(self, key, value, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values (R, heads, P + T, d) of the text in a layer, with those of new tokens (R, heads, T, d)."""
+        return self.self_attention_cache.update(key, value, layer)
 
     def reorder_cache(self, beam_idx):
         self.self_attention_cache.reorder_cache(beam_idx)
@@ -336,11 +352,17 @@ class FastDecoder:
             attention_mask (R, P + T): 0 on pads; (R, 1, T, P + T): added to attention scores.
             image_mask (B, N): 0 on image tokens to leave out.
         """
-        past = cache.get_seq_length()
-        states = self.embeddings(input_ids=input_ids, position_ids=position_ids, past_key_values_length=past)
-        mask = text_mask(attention_mask, input_ids.shape[1], past, states)
+        past, weight = cache.get_seq_length(), self.embeddings.word_embeddings.weight
+        mask = text_mask(attention_mask, input_ids.shape[1], past, weight)
         if image_mask is not None:
-            image_mask = added_mask(image_mask[:, None, None].bool(), states.dtype)
+            image_mask = added_mask(image_mask[:, None, None].bool(), weight.dtype)
+        return self.step(cache, input_ids, position_ids, mask, image_mask, past)
+
+    def step(
+        self, cache: ImageCache, input_ids, position_ids=None, mask=None, image_mask=None, past: int = 0
+    ) -> torch.Tensor:
+        """As `states`, with masks that are added to attention scores: what may be compiled."""
+        states = self.embeddings(input_ids=input_ids, position_ids=position_ids, past_key_values_length=past)
         for layer in self.layers:
             states = layer(states, cache, mask, image_mask)
         return states
@@ -387,7 +409,7 @@ class FastLayer:
         rows, length, width = states.shape
         of_text = self.text_products(states).view(rows, length, 3, self.heads, -1)
         query, key, value = of_text.permute(2, 0, 3, 1, 4)
-        key, value = cache.self_attention_cache.update(key, value, self.number)
+        key, value = cache.update_text(key, value, self.number)
         context = attend_to_text(query, key, value, mask).reshape(rows, length, width)
         states = self.after_text(context, states)
         context = attend_to_image(self.image_query(states), cache, self.number, image_mask)
@@ -407,12 +429,16 @@ def attend_to_image(query: torch.Tensor, cache: ImageCache, layer: int, mask: Op
     to the scores."""
     cached = cache.cross_attention_cache.layers[layer]
     images, heads, _, size = cached.keys.shape
-    shape = query.shape
-    query = (query * (1 / math.sqrt(size))).view(images, -1, heads, size)
-    scores = query.transpose(1, 2).contiguous() @ cached.keys.transpose(-1, -2)
-    if mask is not None:
-        scores = scores + mask
-    return (scores.softmax(-1) @ cached.values).transpose(1, 2).reshape(shape)
+    grouped = query.view(images, -1, heads, size)
+    attend = attention_in_turn if query.device.type == "cpu" else F.scaled_dot_product_attention
+    context = attend(grouped.transpose(1, 2), cached.keys, cached.values, attn_mask=mask)
+    return context.transpose(1, 2).reshape(query.shape)
+
+
+def attention_in_turn(query, key, value, attn_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """What PyTorch's fused kernel gives. On a CPU it takes longer for a few queries to many keys."""
+    scores = (query * (1 / math.sqrt(query.shape[-1]))).contiguous() @ key.transpose(-1, -2)
+    return (scores if attn_mask is None else scores + attn_mask).softmax(-1) @ value
 
 
 def attend_to_text(query, key, value, mask=None) -> torch.Tensor:
@@ -461,7 +487,7 @@ class FastInference:
         with torch.no_grad():
             self.tower = fast_tower(model.vision_model, int8)
             self.decoder = FastDecoder(model.text_decoder, int8)
-        self.products = {}
+        self.products, self.steps = {}, {}
 
     def vision_hidden_states(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """(B, N, C) of images (B, 3, S, S), the vision tower's output."""
@@ -501,7 +527,8 @@ def behind_the_door(model) -> Optional[FastInference]:
 def may_be_fast(model) -> bool:
     """Whether nothing asks for the model's own modules: gradients, training, tracing, hooks (of Accelerate, of a user who looks at
     activations), weights that are elsewhere."""
-    if model.training or torch.is_grad_enabled() or is_traced() or torch.is_autocast_enabled("cpu"):
+    device = next(model.parameters()).device.type
+    if model.training or torch.is_grad_enabled() or is_traced() or autocasts(device):
         return False
     for module in model.modules():
         hooks = [hook for hook in module._forward_hooks.values() if not is_capturing_hook(hook)]

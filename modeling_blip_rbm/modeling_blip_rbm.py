@@ -67,15 +67,9 @@ class BlipRBMPreTrainedModel(WordMaps, BlipPreTrainedModel):
     config_class = BlipRBMConfig
     main_input_name = "pixel_values"
     _supports_sdpa = True
-    _keep_in_fp32_modules = ["rbm_layer"]  # energies are differences of large sums
-    _no_split_modules = [
-        "BlipEncoderLayer",
-        "BlipTextEmbeddings",
-        "BlipTextLayer",
-        "RBMLayer",
-        "VisionProjector",
-        "ClassTokens",
-    ]
+    # of fp16, of bf16 too: energies are differences of large sums
+    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ["rbm_layer"]
+    _no_split_modules = "BlipEncoderLayer BlipTextEmbeddings BlipTextLayer RBMLayer VisionProjector ClassTokens".split()
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -21,6 +21,7 @@ block is all the tokens of an image.
 """
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple, Optional
 
 import torch
@@ -40,6 +41,18 @@ class RBMParameters(NamedTuple):
     W: Optional[torch.Tensor] = None  # (V, H) image - hidden
     mu: Optional[torch.Tensor] = None  # (V,) image mean (Gaussian) or image bias (binary)
     log_var: Optional[torch.Tensor] = None  # (V,) log s^2; None: the image units are binary
+
+
+def own_precision(like: torch.Tensor):
+    """While inside, products have their tensors' own precision, whatever autocast is asked for on the device of this one: energies are
+    differences of large sums."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device, of which some have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _matches(name: str, value: torch.Tensor, weight: Optional[torch.Tensor]) -> torch.Tensor:
@@ -301,8 +314,11 @@ def word_gains(
     if order == "exact":
         q = torch.sigmoid(a)
         expm1 = torch.expm1(p.U)
-        rows = [torch.log1p(row * expm1).sum(-1) for row in q.reshape(-1, q.shape[-1])]  # a row at a time: K*H memory
-        gains = torch.stack(rows).reshape(*q.shape[:-1], -1)
+        at_once = max(
+            1, (2**18 if q.device.type == "cpu" else 2**26) // expm1.numel()
+        )  # a few rows' logarithms in memory
+        rows = q.reshape(-1, 1, q.shape[-1]).split(at_once)
+        gains = torch.cat([torch.log1p(some * expm1).sum(-1) for some in rows]).reshape(*q.shape[:-1], -1)
         return gains if than is None else gains - word_gains(p, than)
     return gain_moments(a, order, than) @ gain_weights(p.U, order).T
 
@@ -325,7 +341,8 @@ def pointwise_mutual_information(p: RBMParameters, a_image: torch.Tensor, w: tor
     sum_j [sp(a_j + U'w) - sp(a_j) - sp(abar_j + U'w) + sp(abar_j)] with a = `hidden_input`(x) and abar that of the
     average image, x = 0 of standardised data, where the input is c. Word biases and lengths cancel.
     """
-    said = w @ p.U
+    with own_precision(w):
+        said = w @ p.U
     sp = F.softplus
     return (sp(a_image + said) - sp(a_image) - sp(p.c + said) + sp(p.c)).sum(-1)
 
@@ -398,7 +415,8 @@ def pairwise_information(c: torch.Tensor, a_image: torch.Tensor, said: torch.Ten
 
 def pairwise_mutual_information(p: RBMParameters, a_image: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """`pointwise_mutual_information` of every image with every caption, (n, m) of a_image (n, H) and w (m, K)."""
-    return pairwise_information(p.c, a_image, w @ p.U)
+    with own_precision(w):
+        return pairwise_information(p.c, a_image, w @ p.U)
 
 
 PARAMETER_NAMES = {  # of `JointRBM`, for the fields of `RBMParameters`
@@ -506,12 +524,14 @@ class JointRBM(nn.Module):
     def free_energy(self, x=None, w=None) -> torch.Tensor:
         """F (B,), see `free_energy`, and of tokens x (B, N, V) `token_free_energy`."""
         of_image = token_free_energy if self.tokens and x is not None else free_energy
-        return of_image(self.parameters_fp32, x, w)
+        with own_precision(self.hidden_bias):
+            return of_image(self.parameters_fp32, x, w)
 
     def hidden_input(self, x=None, w=None) -> torch.Tensor:
         """a (B, H), see `hidden_input`, and of tokens x (B, N, V) `pooled_input`."""
         p = self.parameters_fp32
-        if not self.tokens or x is None:
-            return hidden_input(p, x, w)
-        a = pooled_input(token_input(p, x))
-        return a if w is None else a + _matches("w", w, p.U) @ p.U
+        with own_precision(self.hidden_bias):
+            if not self.tokens or x is None:
+                return hidden_input(p, x, w)
+            a = pooled_input(token_input(p, x))
+            return a if w is None else a + _matches("w", w, p.U) @ p.U

@@ -152,6 +152,7 @@ class RBMLayer(nn.Module):
         self.phrases = None
         if config.rbm_num_phrases:
             self.phrases = PhraseBlock(config.rbm_num_phrases, config.rbm_hidden_size, config.text_config.vocab_size)
+        self.gate_seen = None
         self.gate = nn.Parameter(torch.zeros(1))  # 0: refine is the identity, and so a converted BLIP is BLIP
 
     def forward(self, tokens: torch.Tensor, image_embeds: torch.Tensor, refine: bool = True):
@@ -162,11 +163,22 @@ class RBMLayer(nn.Module):
     def hidden_input(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, N, C) -> a (B, H)
         return self.rbm(pool_tokens(tokens, self.pooling))
 
+    def gate_is_open(self) -> bool:
+        """Whether the gate is not 0. On a GPU, which is waited for, it is read again when PyTorch has counted a change of it: one through
+        `gate.data` may go unseen there."""
+        gate = self.gate
+        if not is_waited_for(gate):
+            return self.gate != 0
+        state = id(gate), gate.data_ptr(), 0 if gate.is_inference() else gate._version
+        if self.gate_seen is None or self.gate_seen[0] != state:
+            self.gate_seen = state, bool(gate != 0)
+        return self.gate_seen[1]
+
     def refine(self, image_embeds: torch.Tensor, hidden_input: torch.Tensor) -> torch.Tensor:
         """(B, N, D), or (B, N + m, D) with m cause tokens, of image_embeds (B, N, D) and a (B, H)."""
         q = torch.sigmoid(hidden_input).to(self.shift.weight.dtype)
         refined = image_embeds + (self.gate * self.shift(q))[:, None].to(image_embeds.dtype)
-        if self.cause_tokens and self.gate != 0:  # a token of zeros would still draw attention
+        if self.cause_tokens and self.gate_is_open():  # a token of zeros would still draw attention
             tokens = (self.gate * self.causes(q)).view(len(q), self.cause_tokens, -1)
             refined = torch.cat([refined, tokens.to(refined.dtype)], 1)
         return refined
@@ -203,6 +215,11 @@ class WordMaps:
             p = rbm.parameters_fp32
             U = p.U[[config.rbm_word_ids.index(i) for i in words]] if words else p.c.new_zeros(0, len(p.c))
             return token_word_map(p, token_input(p, rbm.standardise(tokens)), U)
+
+
+def is_waited_for(tensor: torch.Tensor) -> bool:
+    """Whether reading a tensor's numbers here waits for a device to have done all that was begun on it."""
+    return tensor.device.type != "cpu" and not torch.compiler.is_compiling()
 
 
 class ImageSelfAttention(BlipAttention):

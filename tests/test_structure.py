@@ -13,7 +13,19 @@ from tests.conftest import REPO
 # From the ground up: a package imports from those before it alone.
 FLOORS = ("modeling_blip_rbm", "boltzmann", "training.lib", "training", "experiments", "benchmarks", "examples")
 # The same inside the model's package.
-ROOMS = ("rbm", "configuration", "phrases", "vision", "inference", "generation", "modeling", "processing", "pipeline")
+ROOMS = (
+    "rbm",
+    "configuration",
+    "phrases",
+    "vision",
+    "inference",
+    "static",
+    "processors",
+    "generation",
+    "modeling",
+    "processing",
+    "pipeline",
+)
 FILES = [file for floor in FLOORS if "." not in floor for file in sorted((REPO / floor).rglob("*.py"))]
 
 

@@ -17,12 +17,14 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from training.lib import pictures
 from training.lib.arguments import MeasureArguments, parse_arguments
 from training.lib.captions import candidate_parts, caption_rows, chosen_by_rerank
 from training.lib.checkpoints import write_json
+from training.lib.distributed import on_several_cpus
 from training.lib.features import cache_features
 from training.lib.metrics import (
     CiderD,
@@ -209,7 +211,9 @@ def main():
     references, image_ids = dataset["captions"][:], dataset["image_id"][:]
     seen = load_pairs(args.dataset, args.train_split, **args.columns)["captions"] if args.train_split else []
     training_captions = [caption for of_image in seen for caption in of_image] or None
-    store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
+    processes = PartialState(cpu=on_several_cpus())
+    with processes.main_process_first():  # the others find what it has encoded
+        store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
     captions, scores, systems = measure(model, processor, dataset, store, training_captions, args)
     difference, alone = {}, {}
     if not args.plain:
@@ -220,6 +224,8 @@ def main():
         for name, said in said_by.items():
             alone[name] = summary(said, per_image(said, references), training_captions)
             show(name, alone[name])
+    if not processes.is_main_process:
+        return
     if args.pictures:
         images = dataset["image"]
         pictures.draw(args.pictures, model, processor, store, images, captions, scores, difference["CIDEr-D"])

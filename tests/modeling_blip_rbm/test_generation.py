@@ -178,5 +178,8 @@ def test_inverse_transform_sampling_at_the_ends_of_what_torch_rand_gives(drawn, 
 def test_inverse_transform_sampling_of_nothing(bad):
     scores = torch.zeros(3, 5)
     scores[1] = bad
+    sampling = InverseTransformSampling()
+    for step in (torch.zeros(3, 5), scores, torch.zeros(3, 5)):
+        assert sampling(None, step).shape == (3, 5)
     with pytest.raises(ValueError, match="nothing to sample from"):
-        InverseTransformSampling()(None, scores)
+        sampling.check()

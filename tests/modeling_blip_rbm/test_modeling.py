@@ -433,7 +433,7 @@ def test_rerank_scores_what_decoding_computed(model, pixel_values, settings, mon
     monkeypatch.setattr(
         model,
         "_score_generated",
-        lambda outputs, prompt_length: seen.append((outputs, of_outputs(outputs, prompt_length))) or seen[-1][1],
+        lambda outputs, *args, **kw: seen.append((outputs, of_outputs(outputs, *args, **kw))) or seen[-1][1],
     )
     for prompt in (None, torch.tensor([[DEC, 41, 29]] * 5)):
         model.generate(

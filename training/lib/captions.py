@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from modeling_blip_rbm import DecodingSettings
 from modeling_blip_rbm.configuration_blip_rbm import SIMILARITIES
 from modeling_blip_rbm.generation_blip_rbm import rerank_scores
+from training.lib.distributed import once_each
 from training.lib.pairs import unknown_token_message
 
 
@@ -79,19 +80,24 @@ def other_tokens(tokens: torch.Tensor, vocab_size: int) -> list[int]:
 def caption_rows(
     model, processor, store, rows: Sequence[int], batch_size: int = 16, side_by_side: int = 1, **generate_kwargs
 ) -> list[str]:
-    """Captions of the images with these row numbers in a `FeatureStore`, in order; `generate_kwargs` as for `generate`.
+    """Captions of the images with these row numbers in a `FeatureStore`, in order; `generate_kwargs` as for `generate`. Under `accelerate
+    launch` each process writes those of its share, and all of them get all.
 
     Args:
         side_by_side: so many captions of every image are begun as rows of one batch.
     """
-    captions = []
-    for start in tqdm(range(0, len(rows), batch_size), desc="caption", leave=False):
-        features = store.batch(rows[start : start + batch_size])
-        if side_by_side > 1:
-            prompt = torch.full((len(features) * side_by_side, 1), model.decoder_input_ids)
-            generate_kwargs["input_ids"] = prompt
-        captions += processor.captions(model.generate(vision_hidden_states=features, **generate_kwargs))
-    return captions
+
+    def captions_of(rows: Sequence[int]) -> list[str]:
+        captions = []
+        for start in tqdm(range(0, len(rows), batch_size), desc="caption", leave=False):
+            features = store.batch(rows[start : start + batch_size])
+            if side_by_side > 1:
+                prompt = torch.full((len(features) * side_by_side, 1), model.decoder_input_ids)
+                generate_kwargs["input_ids"] = prompt
+            captions += processor.captions(model.generate(vision_hidden_states=features, **generate_kwargs))
+        return captions
+
+    return once_each(captions_of, rows)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -40,11 +41,15 @@ class JSONAccelerator(Accelerator):
             thing.load_state_dict(state)
 
 
+def on_several_cpus() -> bool:
+    """Whether several processes run on CPUs: not told, Accelerate takes each for the only one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+
+
 def new_accelerator(seed: int) -> Accelerator:
     """One batch split over the processes, in an order that seed and epoch alone decide."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return JSONAccelerator(
-        cpu=several and not torch.cuda.is_available(),  # not said, each process takes itself for the only one
+        cpu=on_several_cpus(),
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=seed),
         kwargs_handlers=[
             # persistent chains are each process's own; a term of the loss that is switched off leaves parameters
@@ -59,6 +64,30 @@ def from_all_processes(tensor: torch.Tensor) -> torch.Tensor:
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
     return torch.cat(all_gather(tensor.contiguous()))
+
+
+def ready_to_be_sharded(model: torch.nn.Module) -> torch.nn.Module:
+    """A captioner whose head's bias has one name, where BLIP gives it two: FSDP2 refuses a parameter that two of its groups hold. Nothing
+    reads the name that goes; `head.bias = head.decoder.bias` brings it back."""
+    head = model.text_decoder.cls.predictions
+    if head.bias is head.decoder.bias:
+        del head.bias
+    return model
+
+
+def share(length: int, process: int, processes: int) -> slice:
+    """Which of so many items a process takes: each item one process, in order, none where there are fewer items than processes."""
+    return slice(length * process // processes, length * (process + 1) // processes)
+
+
+def once_each(function: Callable[[Sequence], list], items: Sequence) -> list:
+    """What `function` gives of items, one result an item, in their order: every item in one process, all results in all of them. Accelerate's
+    `split_between_processes` would give the last item to several where there are few."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return function(items)
+    parts = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, function(items[share(len(items), dist.get_rank(), len(parts))]))
+    return [result for part in parts for result in part]
 
 
 class Checkpoint:

@@ -13,10 +13,13 @@ from modeling_blip_rbm.rbm import (
     bernoulli,
     free_energy,
     gibbs,
+    hidden_input,
     pairwise_mutual_information,
+    pooled_input,
     prob_h_given_v,
     token_free_energy,
     token_gibbs,
+    token_input,
     word_gains,
 )
 from training.lib.arguments import bf16_is_fast
@@ -200,7 +203,7 @@ class RBMObjective(torch.nn.Module):
         kept = (for_image >= settings.image_dropout).float()
         x = full * (kept[:, None] if self.rbm.tokens else kept)
         with self.fast_products(x.device):
-            a = self.rbm.hidden_input(x)
+            a = pooled_input(token_input(p, x)) if self.rbm.tokens else hidden_input(p, x)
         terms = {}
         if settings.words:
             terms["words"] = words_loss(p, a, w, for_words)

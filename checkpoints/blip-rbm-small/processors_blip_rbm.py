@@ -1,0 +1,1 @@
+../../modeling_blip_rbm/processors_blip_rbm.py

@@ -1,0 +1,1 @@
+../../modeling_blip_rbm/static_blip_rbm.py
