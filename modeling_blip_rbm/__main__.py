@@ -12,6 +12,7 @@ from transformers.utils import logging
 from modeling_blip_rbm import __version__
 from modeling_blip_rbm.cli import caption, search
 from modeling_blip_rbm.cli.console import complain
+from modeling_blip_rbm.cli.reading import read_heic
 from modeling_blip_rbm.files import image_files
 
 
@@ -45,12 +46,7 @@ def main(argv=None) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # large photographs are decoded smaller
-    try:
-        from pillow_heif import register_heif_opener
-
-        register_heif_opener()
-    except ImportError:
-        pass
+    read_heic()
     try:
         return args.run(args)
     except BrokenPipeError:  # whoever reads the captions wants no more, as `head` does

@@ -13,6 +13,15 @@ from modeling_blip_rbm.files import Member
 ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")  # and not MPO, in which a camera keeps previews
 
 
+def read_heic():
+    """Let Pillow read HEIC, if pillow-heif is there."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return
+    register_heif_opener()
+
+
 def read_ahead(read, sources: list, number: int):
     """(source, what `read` gives of it or the ValueError that it raises) of one source after the other, up to `number` of them read ahead."""
 

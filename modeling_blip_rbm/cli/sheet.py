@@ -5,6 +5,8 @@ import html
 import io
 from pathlib import Path
 
+from PIL import Image
+
 from modeling_blip_rbm import load_image
 
 
@@ -33,8 +35,13 @@ def write_sheet(file: Path, title: str, rows: list[tuple[Path, str]]):
 
 def thumbnail(image: Path) -> str:
     """A small JPEG of an image, as base64."""
-    small = load_image(image)
-    small.thumbnail((SIDE, SIDE))
+    return base64_jpeg(load_image(image))
+
+
+def base64_jpeg(image: Image.Image, side: int = SIDE) -> str:
+    """An RGB image as JPEG of at most `side` pixels, as base64."""
+    small = image.copy()
+    small.thumbnail((side, side))
     jpeg = io.BytesIO()
     small.save(jpeg, "JPEG", quality=80)
     return base64.b64encode(jpeg.getvalue()).decode()
