@@ -33,7 +33,7 @@ class Member:
     path: str
 
     def __str__(self):
-        return f"{self.archive}/{self.path}"
+        return f"{self.archive}/{PurePosixPath(self.path)}"
 
     def read(self) -> bytes:
         """
@@ -114,13 +114,15 @@ def _like(pattern: str, endings: set[str]) -> tuple[list, list[str]]:
 
 def _inside(archive: Path, kind: str, endings: set[str]) -> tuple[list, list[str]]:
     try:
-        names = [PurePosixPath(name) for name in _archive(archive, kind).find("")]
+        names = _archive(archive, kind).find("")
     except Exception as error:  # zipfile, tarfile and zlib each raise their own
         return [], [f"{archive}: cannot be read as an archive ({error})"]
-    hidden = lambda name: any(part.startswith(".") or part in LITTER for part in name.parts)
-    members = [
-        Member(archive, kind, str(name)) for name in names if name.suffix.lower() in endings and not hidden(name)
-    ]
+    members = []
+    for name in names:  # as the archive has it, such as ./photo.jpg
+        path = PurePosixPath(name)
+        hidden = any(part.startswith(".") or part in LITTER for part in path.parts)
+        if path.suffix.lower() in endings and not hidden:
+            members.append(Member(archive, kind, name))
     return members, [] if members else [f"{archive}: no image in this archive"]
 
 

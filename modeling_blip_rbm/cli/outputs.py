@@ -5,6 +5,7 @@ An output is a context manager with `has(source)`, whether there is nothing left
 
 import hashlib
 import os
+import re
 import tempfile
 from collections import Counter
 from functools import lru_cache
@@ -114,8 +115,7 @@ class Table:
 
     def __enter__(self):
         self._mine = _locked(self.journal, wait=False)
-        left = sorted(self.path.parent.glob(f"{_escaped(self.path.name)}*.part")) if self.alone else [self.journal]
-        for journal in left:
+        for journal in self._journals() if self.alone else [self.journal]:
             if journal == self.journal:
                 self._take_in(journal, "append")
             elif lock := _locked(journal, wait=False, needed=False):
@@ -133,11 +133,20 @@ class Table:
         self._take_in(self.journal, self.existing)
         self._mine.release()
 
+    def _journals(self) -> list[Path]:
+        """This run's journal, and those of processes that shared the file before."""
+        name = re.compile(re.escape(self.path.name) + r"(\.\d+)?\.part")
+        return sorted(self.path.with_name(file) for file in os.listdir(self.path.parent) if name.fullmatch(file))
+
     def name(self, source) -> str:
         """What the table calls an image: its path from the table's folder, so that both can be moved together."""
         if isinstance(source, str):
             return source
-        archive, inside = (source.archive, f"/{source.path}") if isinstance(source, Member) else (source, "")
+        archive, inside = (
+            (source.archive, str(source).removeprefix(str(source.archive)))
+            if isinstance(source, Member)
+            else (source, "")
+        )
         try:
             return Path(os.path.relpath(archive, self.path.parent)).as_posix() + inside
         except ValueError:  # on another drive of Windows
@@ -165,10 +174,6 @@ class Table:
             os.replace(whole, self.path)
             lock.release()
         journal.unlink()
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in name)
 
 
 def _locked(file: Path, wait: bool, needed: bool = True) -> FileLock | None:

@@ -40,6 +40,9 @@ examples:
 """
 
 
+LITTLE_WORDS = ("a", "an", "the", "of", "on", "in", "at", "to", "with", "and", "is", "are")  # never the RBM's
+
+
 def indexed(args) -> tuple[Index, Report, object, object]:
     """The index of the folder, a report of what could not be read, model and processor.
 
@@ -82,13 +85,13 @@ def known_words(text: str, model, processor) -> torch.Tensor:
     Raises:
         ValueError: if it knows none.
     """
-    tokens = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    known = [token for token in tokens if token in set(model.config.rbm_word_ids)]
-    unknown = processor.tokenizer.convert_ids_to_tokens([token for token in tokens if token not in known])
-    if not known:
+    encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens, known = encoded["input_ids"], set(model.config.rbm_word_ids)
+    if not known & set(tokens):
         raise ValueError(f"the RBM knows no word of {text!r}: use others, such as dog, beach, red")
-    if unknown:
-        complain(f"the RBM has no word for {', '.join(dict.fromkeys(unknown))}, which do not count")
+    spans = (text[slice(*span)] for token, span in zip(tokens, encoded["offset_mapping"]) if token not in known)
+    if unknown := [word for word in dict.fromkeys(spans) if word.lower() not in LITTLE_WORDS]:
+        complain(f"the RBM has no word for {', '.join(unknown)}, which does not count")
     return model.get_text_features(torch.tensor([tokens], device=model.device))
 
 

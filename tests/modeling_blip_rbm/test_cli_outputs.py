@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from modeling_blip_rbm.__main__ import main
 from modeling_blip_rbm.cli.caption import BatchSize, with_affixes
 from modeling_blip_rbm.cli.outputs import Beside, Table
@@ -52,7 +54,7 @@ def read_back(path, folder) -> dict[str, list[str]]:
 
 
 def test_txt_beside_each_image_is_read_back(caption, photos):
-    printed = caption(photos)
+    printed = caption(photos, "--num-beams", 2)
     result = caption(photos, "--output", "txt", "--num-captions", 2)
     assert result.code == 0 and not result.lines and "3 captioned" in result.err
     captions = read_back(photos, photos)
@@ -119,6 +121,12 @@ def test_a_journal_left_by_a_power_cut_is_taken_in(caption, photos):
     Path(f"{table}.part").write_text(json.dumps(entry) + '\n{"image": "photos/b.jpg", "capt')
     assert "2 captioned, 1 skipped" in caption(photos, "--output", table).err
     assert read_back(table, photos.parent)["photos/a.png"] == ["kept"]
+
+
+def test_journals_of_other_tables_are_left(caption, photos):
+    other = photos.parent / "captions.jsonl.part"
+    other.write_text('{"image": "photos/a.png", "captions": [{"generated_text": "of another table"}]}\n')
+    assert "3 captioned" in caption(photos, "--output", photos.parent / "captions.json").err and other.exists()
 
 
 def test_two_runs_do_not_write_one_file(caption, photos):
@@ -204,8 +212,6 @@ def test_confidence(caption, photos, model, saved_model):
 
 
 def test_standard_input_patterns_and_archives(caption, photos, monkeypatch):
-    import shutil
-
     piped = lambda content: monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
     plain = caption(photos / "a.png", photos / "more" / "c.png").lines
     piped(f"{photos}/a.png\n\n{photos}/more\n".encode())
@@ -268,9 +274,14 @@ def test_options_that_do_not_go_together(options, said, caption, photos, monkeyp
     assert result.code == 2 and said in result.err and not result.lines
 
 
-def test_lengths(caption, photos):
-    words = lambda *options: [len(line.partition(": ")[2].split()) for line in caption(photos, *options).lines]
-    assert max(words("--max-length", 2)) <= 2 and min(words("--min-length", 7, "--max-length", 9)) >= 5
+def test_lengths(caption, photos, monkeypatch):
+    generate, asked = BlipRBMForConditionalGeneration.generate, {}
+    recorded = lambda self, **settings: asked.update(settings) or generate(self, **settings)
+    monkeypatch.setattr(BlipRBMForConditionalGeneration, "generate", recorded)
+    lines = caption(photos, "--max-length", 2).lines
+    assert asked["max_new_tokens"] == 2 and max(len(line.partition(": ")[2].split()) for line in lines) <= 2
+    caption(photos, "--min-length", 7, "--max-length", 9)
+    assert (asked["min_new_tokens"], asked["max_new_tokens"]) == (7, 9)
 
 
 def test_affixes():
