@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from modeling_blip_rbm.__main__ import main
 from modeling_blip_rbm.cli.caption import BatchSize, with_affixes
 from modeling_blip_rbm.cli.outputs import Beside, Table
 from modeling_blip_rbm.files import find_images
-from tests.conftest import random_image
+from tests.conftest import REPO, random_image
 from training.lib.readers import Columns, caption_values, read_source
 
 
@@ -144,6 +145,17 @@ def test_processes_share_the_images(caption, photos, monkeypatch):
         assert "process 1 of 2: 2 captioned" in caption(photos, "--output", table).err
         assert set(read_back(table, photos.parent)) == {"photos/a.png", "photos/more/c.png"}
         other.write(photos / "b.jpg", {"captions": [{"generated_text": "of the other"}]})
+    assert set(read_back(table, photos.parent)) == {f"photos/{name}" for name in NAMES}
+
+
+@pytest.mark.slow
+def test_accelerate_launch_splits_a_folder(saved_model, photos):
+    table, two = photos.parent / "captions.csv", REPO / "training" / "accelerate" / "multi-cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", two, "-m", "modeling_blip_rbm"]
+    command += ["caption", photos, "--output", table, "--model", saved_model]
+    result = subprocess.run(list(map(str, command)), cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "process 1 of 2: 2 captioned" in result.stderr and "process 2 of 2: 1 captioned" in result.stderr
     assert set(read_back(table, photos.parent)) == {f"photos/{name}" for name in NAMES}
 
 
