@@ -21,7 +21,7 @@ RUN = .venv/bin/python
 EMBEDDED = checkpoints/blip-rbm-small
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tutorial test test-min test-slow test-hf check train evaluate publish report clean
+.PHONY: help demo app tutorial test test-min test-slow test-hf check train evaluate publish report clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,8 +38,17 @@ help:  ## list the targets
 	.venv-min/bin/pip install --quiet --no-deps $(PIP_FLAGS) -e .
 	touch $@
 
+# Gradio needs an older Pillow than the tests do, so the window has an environment of its own.
+.venv-app/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-app
+	.venv-app/bin/pip install --quiet $(PIP_FLAGS) -e '.[demo]'
+	touch $@
+
 demo: .venv/installed  ## install, then caption the photographs in examples/: table, demo.html, demo.png
 	$(RUN) examples/demo.py
+
+app: .venv-app/installed  ## the window in the browser: drop photographs, see BLIP beside BLIP-RBM
+	.venv-app/bin/python app.py
 
 tutorial: .venv/installed  ## the stages on eight photographs, to a repo staged for the Hub: two minutes
 	PYTHON=$(RUN) bash examples/tutorial.sh
@@ -87,4 +96,4 @@ report: .venv/installed  ## renew what is derived from results files
 	$(RUN) -m training.report
 
 clean:  ## remove the environments and what demo wrote
-	rm -rf .venv .venv-min demo.html demo.png
+	rm -rf .venv .venv-min .venv-app demo.html demo.png

@@ -28,8 +28,8 @@ class BlipRBMImageToTextPipeline(Pipeline):
     ```
 
     Takes what [`load_image`] reads, or a list, dataset column or generator of it; with a text of its own for an image, {"images": image, "text":
-    text}. With `batch_size` and `num_workers=1` the next files of a list are decoded while the model has a batch. For every image it returns a
-    list of `num_return_sequences` dicts:
+    text}. With `batch_size` and `num_workers=1` the next files of a list are decoded while the model has a batch. `dataset.map(captioner,
+    batched=True)` adds the columns generated_text, score and confidence. For every image it returns a list of `num_return_sequences` dicts:
 
     - `generated_text`: the caption.
     - `score`: the geometric mean of the decoder's probability of its tokens, in [0, 1].
@@ -90,6 +90,8 @@ class BlipRBMImageToTextPipeline(Pipeline):
         if (inputs is None) == (images is None):
             raise ValueError("give the image or a list of images, once: captioner('photo.jpg')")
         inputs = images if inputs is None else inputs
+        if isinstance(inputs, Mapping) and isinstance(inputs.get("image"), list):
+            return self._columns(inputs["image"], text=text, **kwargs)
         if isinstance(inputs, (list, tuple)):
             inputs = list(inputs)
             if not inputs:
@@ -108,6 +110,14 @@ class BlipRBMImageToTextPipeline(Pipeline):
             rows = (row["image"] if isinstance(row, dict) and "image" in row else row for row in inputs)
             return list(super().__call__(rows, **kwargs))
         return super().__call__(inputs, **kwargs)
+
+    def _columns(self, images: list, **kwargs) -> dict[str, list]:
+        """What `dataset.map(captioner, batched=True)` takes: a value an image, or a list of them if there are several captions."""
+        results = self(images, **{"batch_size": len(images)} | kwargs)
+        names = [name for name in ("generated_text", "score", "confidence") if name in results[0][0]]
+        values = {name: [[caption[name] for caption in captions] for captions in results] for name in names}
+        single = all(len(captions) == 1 for captions in results)
+        return {name: [one[0] for one in of_images] if single else of_images for name, of_images in values.items()}
 
     def preprocess(self, image, prompt: Optional[Mapping] = None, timeout: Optional[float] = 30.0):
         """One image, or what this returned for one before, as tensors; `prompt` as `encode_text` gives it."""

@@ -1,0 +1,1 @@
+"""The commands of `blip-rbm`, a file each, and what they share."""

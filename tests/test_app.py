@@ -1,0 +1,176 @@
+"""The window, in a real browser: needs Gradio, playwright and a Chromium (`pip install gradio playwright`, `apt install chromium`)."""
+
+import os
+import shutil
+from urllib.parse import urlparse
+
+import pytest
+
+from tests.conftest import CHECKPOINT, REPO, random_image
+
+
+pytest.importorskip("gradio", reason="the window needs Gradio: pip install -e '.[demo]'")
+playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE = 1000 * int(os.environ.get("APP_TEST_SECONDS", 60))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt install chromium"),
+]
+
+import app
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def served(model, saved_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    model.rbm_layer.rbm.word_weight.data.mul_(9.0)  # so that the guide tells against the random decoder
+    model.generation_config.rbm_guidance_clip = 50.0
+    model.config.rbm_confidence = [0.5, 1.0, 0.1]
+    model.save_pretrained(saved_model)
+    blocks = app.page(str(saved_model))
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, **app.SERVER)
+    yield url
+    blocks.close()
+
+
+@pytest.fixture
+def visit(browser, served):
+    """Opens the page as a person of their own, and notes which hosts it asks."""
+    contexts, hosts = [], set()
+
+    def open_page(**settings):
+        context = browser.new_context(**settings)
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE)
+        context.on("request", lambda request: hosts.add(urlparse(request.url).hostname))
+        page = context.new_page()
+        page.goto(served)
+        page.get_by_role("button", name="Caption", exact=True).wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert hosts - {None} == {"127.0.0.1"}  # None: of data: and blob:
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for i in range(2):
+        random_image(seed=i).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.jpg").write_text("no image")
+    return tmp_path
+
+
+def upload(page, *files):
+    page.locator("input[type=file]").first.set_input_files([str(file) for file in files])
+    page.get_by_text(files[-1].stem).first.wait_for()
+    page.get_by_role("button", name="Caption", exact=True).click()
+
+
+def test_upload_captions_and_downloads(visit, photos):
+    page = visit(accept_downloads=True)
+    upload(page, photos / "0.png", photos / "broken.jpg", photos / "1.png")
+    page.locator(".cards article").nth(2).wait_for()
+    assert page.locator(".cards .ours").count() == 2 and page.locator(".cards meter").count() == 12
+    assert "not an image" in page.locator(".cards .broken").inner_text()
+    assert "confidence" in page.locator(".cards article").first.inner_text()
+    with page.expect_download() as download:
+        page.locator("#txt").click()
+    lines = download.value.path().read_text().splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["0.png", "1.png"]
+
+
+def test_a_slider_changes_the_caption(visit, photos):
+    page = visit()
+    upload(page, photos / "0.png")
+    ours = page.locator(".cards .ours")
+    ours.first.wait_for()
+    before = ours.first.inner_text()
+    guide, _, number = (page.locator("input[type=range]").nth(i) for i in range(3))
+    guide.focus()
+    page.keyboard.press("End")
+    playwright.expect(ours.first).not_to_have_text(before, timeout=PATIENCE)
+    number.focus()
+    page.keyboard.press("End")
+    playwright.expect(ours).to_have_count(5, timeout=PATIENCE)
+
+
+def test_two_people_at_once(visit, photos):
+    first, second = visit(), visit()
+    upload(first, photos / "0.png")
+    upload(second, photos / "1.png")
+    for page, name in ((first, "0.png"), (second, "1.png")):
+        page.locator(".cards .ours").first.wait_for()
+        assert page.locator(".cards img").first.get_attribute("alt") == name
+
+
+def test_keyboard_alone_on_a_phone(visit, photos):
+    page = visit(viewport={"width": 390, "height": 844}, has_touch=True)
+    with page.expect_file_chooser() as chooser:
+        press_until(page, lambda: "upload" in focused(page).lower() or "drop" in focused(page).lower())
+        page.keyboard.press("Enter")
+    chooser.value.set_files(str(photos / "0.png"))
+    page.get_by_text("0.png").first.wait_for()
+    press_until(page, lambda: focused(page).strip() == "Caption")
+    page.keyboard.press("Enter")
+    page.locator(".cards .ours").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def focused(page) -> str:
+    return page.evaluate("(document.activeElement.ariaLabel || '') + ' ' + document.activeElement.innerText")
+
+
+def press_until(page, reached):
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if reached():
+            return
+    raise AssertionError("Tab does not lead there")
+
+
+def test_too_many_images(visit, photos):
+    files = [photos / f"many{i}.png" for i in range(app.MOST_IMAGES + 1)]
+    for file in files:
+        shutil.copy(photos / "0.png", file)
+    page = visit()
+    upload(page, *files)
+    page.get_by_text("too many at a time").first.wait_for()
+
+
+@pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="needs the embedded checkpoint")
+def test_screenshot(browser, tmp_path):
+    """With APP_SCREENSHOT=docs/app.png it renews README's picture."""
+    blocks = app.page(str(CHECKPOINT))
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, **app.SERVER)
+    page = browser.new_page(viewport={"width": 1100, "height": 1100})
+    page.set_default_timeout(PATIENCE)
+    page.goto(url)
+    upload(page, *(REPO / "examples" / f"{name}.jpg" for name in ("photographer", "cat", "coffee")))
+    page.locator(".cards article").nth(2).wait_for()
+    file = REPO / os.environ.get("APP_SCREENSHOT", tmp_path / "app.png")
+    page.screenshot(path=file, full_page=True)
+    blocks.close()
+    assert file.stat().st_size > 20_000
+
+
+def test_a_space_has_all_that_it_needs(tmp_path):
+    app.write_space(tmp_path / "space")
+    there = {str(file.relative_to(tmp_path / "space")) for file in (tmp_path / "space").rglob("*")}
+    assert {"app.py", "README.md", "requirements.txt", "modeling_blip_rbm/rbm.py", "examples/cat.jpg"} <= there
+    assert "checkpoints/blip-rbm-small/config.json" in there and not any("__pycache__" in name for name in there)
+    assert not any(file.is_symlink() for file in (tmp_path / "space").rglob("*"))
+    assert (tmp_path / "space" / "README.md").read_text().startswith("---\ntitle: BLIP-RBM\n")
+    assert "torch" in (tmp_path / "space" / "requirements.txt").read_text()
+    with pytest.raises(ValueError, match="exists"):
+        app.write_space(tmp_path / "space")
