@@ -32,8 +32,10 @@ def browser():
 @pytest.fixture
 def served(model, saved_model, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
-    model.rbm_layer.rbm.word_weight.data.mul_(9.0)  # so that the guide tells against the random decoder
-    model.generation_config.rbm_guidance_clip = 50.0
+    model.rbm_layer.rbm.word_weight.data.mul_(9.0)  # so that the guide tells against a decoder
+    head = model.get_output_embeddings()  # that is random, and sure of it
+    head.weight.data.mul_(0.02)
+    head.bias.data.zero_()
     model.config.rbm_confidence = [0.5, 1.0, 0.1]
     model.save_pretrained(saved_model)
     blocks = app.page(str(saved_model))
