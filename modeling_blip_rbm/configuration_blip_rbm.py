@@ -45,7 +45,7 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
-POOLINGS = {"cls_mean": 2, "mean": 1, "mean_max": 2}  # V as a multiple of the tower's width
+POOLINGS = {"cls_mean": 2, "mean": 1, "mean_max": 2, "tokens": 1}  # V as a multiple of the tower's width
 SIMILARITIES = ("jaccard", "overlap")
 PHRASE_WEIGHTS = ("rbm_guidance_rarity", "rbm_rerank_cider", "rbm_rerank_rarity")  # of what the phrase block says
 TOWERS_WITH_CLS = ("blip_vision_model", "dinov2", "dinov2_with_registers", "clip_vision_model", "vit", "deit", "beit")
@@ -79,7 +79,8 @@ class BlipRBMConfig(BlipConfig):
         rbm_hidden_size (`int`, defaults to 512): H.
         rbm_visible_type (`str`, defaults to "gaussian"): units of the image block, "gaussian" or "binary".
         rbm_pooling (`str`, *optional*): how the tower's tokens (B, N, C) become the image block: "cls_mean" ([CLS ;
-            mean of the other tokens], V = 2C), "mean" (V = C) or "mean_max" ([mean ; greatest of each channel], V = 2C).
+            mean of the other tokens], V = 2C), "mean" (V = C) or "mean_max" ([mean ; greatest of each channel], V = 2C);
+            or "tokens": the block is all tokens, V = C, and a hidden cause is on at one of them (`rbm.token_input`).
             Default: "cls_mean" for towers with a CLS token, else "mean".
         rbm_visible_size (`int`, *optional*): V. Follows from tower and pooling; given, it must agree.
         rbm_num_phrases (`int`, defaults to 0): P, n-grams of which the hidden causes tell how likely they are said
@@ -89,6 +90,9 @@ class BlipRBMConfig(BlipConfig):
             caption is right (`training/evaluate_confidence.py`); None: not calibrated.
         rbm_match (`list[float]`, *optional*): bias of the log-odds that a text was written for an image, and weight of their PMI in it
             ([`BlipRBMForImageTextRetrieval`], `training/capfilt.py`); None: not fitted.
+        class_word_ids (`list[int]`, *optional*): token id of the everyday word of each class that the vision tower's own classification head
+            knows, -1 for a class without one; empty: the decoder is not told of classes. See `ClassTokens`.
+        num_class_tokens (`int`, defaults to 5): how many of these words the decoder is told.
 
     Raises:
         ValueError: for an impossible value, saying which, and what is allowed.
@@ -113,6 +117,8 @@ class BlipRBMConfig(BlipConfig):
         rbm_cause_tokens=0,
         rbm_confidence=None,
         rbm_match=None,
+        class_word_ids=None,
+        num_class_tokens=5,
         **kwargs,
     ):
         # whatever a checkpoint says: its folder carries the code of the package that saves it
@@ -137,12 +143,8 @@ class BlipRBMConfig(BlipConfig):
         if getattr(self, "pad_token_id", None) is None:  # where Seq2SeqTrainer looks for it
             self.pad_token_id = self.text_config.pad_token_id
 
-        if own_tower and vision_hidden_size not in (None, tower.hidden_size):
-            raise ValueError(
-                f"vision_hidden_size is {vision_hidden_size!r}, but BLIP's tower has width {tower.hidden_size}: leave it out"
-            )
         self.num_image_tokens = num_image_tokens
-        self.vision_hidden_size = tower.hidden_size if own_tower else vision_hidden_size
+        self.vision_hidden_size = self._width_of_tower(vision_hidden_size)
         self.rbm_word_ids = list(rbm_word_ids or [])
         self.rbm_hidden_size = rbm_hidden_size
         self.rbm_visible_type = rbm_visible_type
@@ -152,12 +154,24 @@ class BlipRBMConfig(BlipConfig):
         self.rbm_cause_tokens = rbm_cause_tokens
         self.rbm_confidence = rbm_confidence
         self.rbm_match = rbm_match
+        self.class_word_ids = list(class_word_ids or [])
+        self.num_class_tokens = num_class_tokens
         if moved:  # of a checkpoint from before they were in generation_config.json; the model takes them over
             DecodingSettings(**moved)  # refuses what cannot be
             self.decoding_settings = moved
         self._check()
         if self.vision_hidden_size is not None:
             self.set_visible_size()
+
+    def _width_of_tower(self, asked):
+        """C: what was asked for, or, as no other can be, that of BLIP's own tower."""
+        if not self.has_blip_tower:
+            return asked
+        if asked not in (None, self.vision_config.hidden_size):
+            raise ValueError(
+                f"vision_hidden_size is {asked!r}, but BLIP's tower has width {self.vision_config.hidden_size}: leave it out"
+            )
+        return self.vision_config.hidden_size
 
     def __setattr__(self, name, value):
         if name in DECODING_SETTINGS:
@@ -199,6 +213,21 @@ class BlipRBMConfig(BlipConfig):
             "rbm_word_ids",
             all(is_int(i, 0) for i in ids) and ids == sorted(set(ids)) and (not ids or ids[-1] < vocab_size),
             f"token ids, ascending, unique, from 0 to {vocab_size - 1}",
+        )
+        classes = self.class_word_ids
+        check(
+            self,
+            "class_word_ids",
+            all(is_int(i, -1) and i < vocab_size for i in classes) and (not classes or max(classes) >= 0),
+            f"token ids from 0 to {vocab_size - 1}, -1 for a class without a word",
+        )
+        words = len(set(classes) - {-1})
+        check(self, "num_class_tokens", is_int(self.num_class_tokens, 1), "an int from 1")
+        check(
+            self,
+            "num_class_tokens",
+            not words or self.num_class_tokens <= words,
+            f"at most the {words} words of classes",
         )
         check(self, "rbm_hidden_size", is_int(self.rbm_hidden_size, 1), "an int from 1")
         check(self, "rbm_num_phrases", is_int(self.rbm_num_phrases, 0), "an int from 0")

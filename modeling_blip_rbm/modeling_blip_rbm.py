@@ -40,8 +40,10 @@ from .inference_blip_rbm import ImageCache, is_capturing_hook
 from .phrases_blip_rbm import PhraseBlock
 from .rbm import JointRBM, RBMParameters, pairwise_mutual_information, word_gains
 from .vision_blip_rbm import (
+    ClassTokens,
     RBMLayer,
     VisionProjector,
+    WordMaps,
     check_pixels,
     new_vision_tower,
     pool_tokens,
@@ -59,14 +61,21 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 
-class BlipRBMPreTrainedModel(BlipPreTrainedModel):
+class BlipRBMPreTrainedModel(WordMaps, BlipPreTrainedModel):
     """What the captioner and the retrieval head share: weights' initialisation, loading checks, the image's way to the RBM."""
 
     config_class = BlipRBMConfig
     main_input_name = "pixel_values"
     _supports_sdpa = True
     _keep_in_fp32_modules = ["rbm_layer"]  # energies are differences of large sums
-    _no_split_modules = ["BlipEncoderLayer", "BlipTextEmbeddings", "BlipTextLayer", "RBMLayer", "VisionProjector"]
+    _no_split_modules = [
+        "BlipEncoderLayer",
+        "BlipTextEmbeddings",
+        "BlipTextLayer",
+        "RBMLayer",
+        "VisionProjector",
+        "ClassTokens",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -76,6 +85,9 @@ class BlipRBMPreTrainedModel(BlipPreTrainedModel):
             init.zeros_(module.gate)
         elif isinstance(module, VisionProjector):
             init.normal_(module.position, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, ClassTokens):
+            init.zeros_(module.sureness)
+            init.eye_(module.linear.weight)
         else:
             super()._init_weights(module)
             if isinstance(module, BlipTextLMPredictionHead):  # which transformers leaves as the memory was
@@ -229,6 +241,7 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
             self.projector = VisionProjector(
                 config.num_image_tokens, config.vision_hidden_size, config.text_config.encoder_hidden_size
             )
+        self.class_tokens = ClassTokens(config) if config.class_word_ids else None
         self.text_decoder = BlipTextLMHeadModel(config.text_config)
         for i, layer in enumerate(self.text_decoder.bert.encoder.layer):
             layer.crossattention.self = ImageCrossAttention(config.text_config, True, layer_idx=i)
@@ -248,6 +261,8 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
     def _made(self):
         # the loss of captions does not reach the RBM's words, and phrases are fitted to its causes: training/train_rbm.py trains it
         self.rbm_layer.rbm.requires_grad_(False)
+        if self.class_tokens is not None:  # it has learned from a million images
+            self.class_tokens.head.requires_grad_(False)
         for name, parameter in self.vision_model.named_parameters():
             if unused_by_tokens(name, self.config.vision_config):
                 parameter.requires_grad_(False)
@@ -291,6 +306,9 @@ class BlipRBMForConditionalGeneration(BlipRBMGenerationMixin, BlipRBMPreTrainedM
         extra = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
         tokens = self.vision_hidden_states(pixel_values, vision_hidden_states, **extra)
         image_embeds = tokens if self.projector is None else self.projector(tokens)
+        if self.class_tokens is not None:
+            words = self.text_decoder.get_input_embeddings().weight
+            image_embeds = torch.cat([image_embeds, self.class_tokens(tokens, words)], 1)
         return ImageEncoding(*self.rbm_layer(tokens, image_embeds, refine=rbm))
 
     def __setattr__(self, name, value):

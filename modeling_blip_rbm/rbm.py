@@ -3,7 +3,7 @@
 Everything above `JointRBM` is a pure function, tensors in and tensors out, *per sample*: no energy is ever averaged or
 divided by the batch size here; a loss does that once. `JointRBM` only owns the parameters.
 
-Axes: B samples (any leading shape), V image units, K words, H hidden units.
+Axes: B samples (any leading shape), V image units, K words, H hidden units, N tokens of an image.
 
 One machine with two visible blocks, each of which may be absent (`None`):
 
@@ -16,9 +16,11 @@ One machine with two visible blocks, each of which may be absent (`None`):
 
 Without the image block this is the textbook machine E(v, h) = -v'W h - b'v - c'h (Smolensky 1986; Hinton 2002). The
 Gaussian block follows Cho, Ilin & Raiko, ICANN 2011 (per-unit log-variance); two blocks under one hidden layer follow
-Srivastava & Salakhutdinov, NIPS 2012. Energies are dimensionless (nats).
+Srivastava & Salakhutdinov, NIPS 2012. Energies are dimensionless (nats). The functions named `token_...` are of a machine whose image
+block is all the tokens of an image.
 """
 
+import math
 from typing import NamedTuple, Optional
 
 import torch
@@ -114,6 +116,79 @@ def sample_x_given_h(p: RBMParameters, h: torch.Tensor, generator=None) -> torch
         return bernoulli(mean, generator)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     return mean + noise * torch.exp(0.5 * p.log_var)
+
+
+# An image block of tokens x (B, N, V), with the same parameters: probabilistic max pooling (Lee et al., ICML 2009) over all N tokens. A
+# hidden unit is off, z_j = 0, or on at exactly one token, z_j = n; prior odds of 1/N a token make N equal tokens count as one.
+#
+#     E(x, w, z) = 1/2 sum_n sum_i (x_ni - mu_i)^2 / s_i^2 - b'w - sum_{j: z_j = n > 0} (A_nj + U_j'w - log N),   A = c + (x/s^2) W
+#
+# So with a_j = log mean_n exp A_nj all that the file says of a = c + W'(x/s^2) holds: q, word gains, mutual information, free energy.
+
+
+def token_input(p: RBMParameters, x: torch.Tensor) -> torch.Tensor:
+    """A (B, N, H) = c + W'(x_n/s^2), the input of the hidden units at each token of x (B, N, V).
+
+    Not the tokens are divided by s^2 but the weights, of which there are fewer in a batch: x then needs no gradient.
+    """
+    x = _matches("x", x, p.W)
+    return p.c + x @ (p.W if p.log_var is None else p.W * torch.exp(-p.log_var)[:, None])
+
+
+def pooled_input(A: torch.Tensor) -> torch.Tensor:
+    """a (B, H) = log mean_n exp A_nj of A (B, N, H): sigmoid(a) = P(z_j > 0), the unit is on at some token."""
+    return A.logsumexp(-2) - math.log(A.shape[-2])
+
+
+def token_free_energy(p: RBMParameters, x: torch.Tensor, w=None) -> torch.Tensor:
+    """F (B,) = -log sum_z exp(-E) of x (B, N, V): visible terms - sum_j softplus(a_j + U_j'w)."""
+    a = pooled_input(token_input(p, x))
+    if w is not None:
+        a = a + _matches("w", w, p.U) @ p.U
+    if p.log_var is None:
+        visible = -(x.sum(-2) * p.mu).sum(-1)
+    else:  # by the moments of x, so that x needs no gradient
+        square = (x * x).sum(-2) - 2 * p.mu * x.sum(-2) + x.shape[-2] * p.mu**2
+        visible = 0.5 * (square * torch.exp(-p.log_var)).sum(-1)
+    return visible + visible_energy(p, w=w) - F.softplus(a).sum(-1)
+
+
+def token_word_map(p: RBMParameters, A: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+    """Where in an image the causes of words are: (B, M, N) for A (B, N, H) and M rows U (M, H) of the word weights.
+
+    sum_j [sigmoid(a_j + U_kj) - sigmoid(a_j)] softmax_n(A_nj): how many more causes are expected on at token n once word k is said. It is
+    the derivative of the word's log-odds with respect to a constant added to the input of every cause at token n, exact and signed.
+    """
+    a = pooled_input(A)[..., None, :]
+    return (torch.sigmoid(a + U) - torch.sigmoid(a)) @ A.softmax(-2).mT
+
+
+def sample_places(A: torch.Tensor, said=0.0, generator: Optional[torch.Generator] = None) -> torch.Tensor:
+    """Samples of P(z | x, w) as h (B, N, H) in {0, 1}: h_nj = 1 where z_j = n.
+
+    Args:
+        A (B, N, H): `token_input`. said (B, H): U'w.
+    """
+    on = bernoulli(torch.sigmoid(pooled_input(A) + said), generator)
+    below = A.softmax(-2).cumsum(-2)
+    u = torch.rand(on.shape, generator=generator, device=A.device)
+    place = (below <= u[..., None, :]).sum(-2).clamp_(max=A.shape[-2] - 1)  # a sum of shares may round to less than 1
+    return torch.zeros_like(A).scatter_(-2, place[..., None, :], on[..., None, :])
+
+
+def token_gibbs(p: RBMParameters, x: torch.Tensor, w: torch.Tensor, steps: int, clamp=(), generator=None):
+    """Block Gibbs sampling from x (B, N, V), w (B, K): `steps` times z given them, then the blocks given z. Gives x and w.
+
+    Args:
+        clamp: names among "x" and "w" of the blocks that keep their value.
+    """
+    for _ in range(steps):
+        h = sample_places(token_input(p, x), w @ p.U, generator)
+        if "x" not in clamp:
+            x = sample_x_given_h(p, h, generator)
+        if "w" not in clamp:
+            w = bernoulli(prob_w_given_h(p, h.sum(-2)), generator)
+    return x, w
 
 
 class GibbsState(NamedTuple):
@@ -344,12 +419,15 @@ class JointRBM(nn.Module):
         word_size: K, units of the word block; 0 for none.
         hidden_size: H.
         visible_type: "gaussian" (any real x) or "binary" (x in [0, 1]).
+        tokens: the image block is the tokens (B, N, V) of an image, any number, and not one vector (B, V).
 
     Raises:
         ValueError: if there is no visible unit at all, no hidden unit, or the type is unknown.
     """
 
-    def __init__(self, visible_size: int, word_size: int, hidden_size: int, visible_type: str = "gaussian"):
+    def __init__(
+        self, visible_size: int, word_size: int, hidden_size: int, visible_type: str = "gaussian", tokens: bool = False
+    ):
         super().__init__()
         if hidden_size < 1 or visible_size < 0 or word_size < 0 or visible_size + word_size < 1:
             raise ValueError(
@@ -359,7 +437,7 @@ class JointRBM(nn.Module):
         if visible_type not in ("gaussian", "binary"):
             raise ValueError(f"visible_type is {visible_type!r}; allowed are 'gaussian' and 'binary'")
         self.visible_size, self.word_size, self.hidden_size = visible_size, word_size, hidden_size
-        self.visible_type = visible_type
+        self.visible_type, self.tokens = visible_type, tokens
         self.hidden_bias = nn.Parameter(torch.empty(hidden_size))
         if word_size:
             self.word_weight = nn.Parameter(torch.empty(word_size, hidden_size))
@@ -397,7 +475,7 @@ class JointRBM(nn.Module):
         """Standardise by these pooled images from now on. A unit that never varies is left at its mean.
 
         Args:
-            pooled: a tensor (n, V), or an iterable of such, so that they need not all be in memory.
+            pooled: a tensor (n, V), or of tokens (n, N, V), or an iterable of such, so that they need not all be in memory.
 
         Raises:
             ValueError: if there is none, or a value is not finite.
@@ -406,7 +484,7 @@ class JointRBM(nn.Module):
         for part in [pooled] if isinstance(pooled, torch.Tensor) else pooled:
             if not torch.isfinite(part).all():
                 raise ValueError("the pooled images hold NaN or infinite values")
-            part = part.double()
+            part = part.flatten(0, -2).double()
             total, step = count + len(part), part.mean(0) - mean
             square = square + (part - part.mean(0)).square().sum(0) + step.square() * (count * len(part) / total)
             count, mean = total, mean + step * (len(part) / total)
@@ -417,18 +495,23 @@ class JointRBM(nn.Module):
         self.image_std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
 
     def standardise(self, pooled: torch.Tensor) -> torch.Tensor:
-        """x (B, V) of pooled images (B, V): mean 0, variance 1 on the training images; binary units: its sigmoid."""
+        """x of pooled images (B, V) or tokens (B, N, V): mean 0, variance 1 on the training images; binary units: its sigmoid."""
         x = (pooled.float() - self.image_mean.float()) / self.image_std.float()
         return torch.sigmoid(x) if self.visible_type == "binary" else x
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """a (B, H), the hidden input of pooled images (B, V). Hooks of Accelerate and FSDP bring the parameters here for this call."""
+        """a (B, H), the hidden input of pooled images (B, V) or tokens (B, N, V). Hooks of Accelerate and FSDP bring the parameters here for this call."""
         return self.hidden_input(self.standardise(pooled))
 
     def free_energy(self, x=None, w=None) -> torch.Tensor:
-        """F (B,), see `free_energy`."""
-        return free_energy(self.parameters_fp32, x, w)
+        """F (B,), see `free_energy`, and of tokens x (B, N, V) `token_free_energy`."""
+        of_image = token_free_energy if self.tokens and x is not None else free_energy
+        return of_image(self.parameters_fp32, x, w)
 
     def hidden_input(self, x=None, w=None) -> torch.Tensor:
-        """a (B, H), see `hidden_input`."""
-        return hidden_input(self.parameters_fp32, x, w)
+        """a (B, H), see `hidden_input`, and of tokens x (B, N, V) `pooled_input`."""
+        p = self.parameters_fp32
+        if not self.tokens or x is None:
+            return hidden_input(p, x, w)
+        a = pooled_input(token_input(p, x))
+        return a if w is None else a + _matches("w", w, p.U) @ p.U

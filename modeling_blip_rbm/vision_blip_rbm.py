@@ -20,7 +20,7 @@ from transformers import AutoModel
 from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionModel
 
 from .phrases_blip_rbm import PhraseBlock
-from .rbm import JointRBM
+from .rbm import JointRBM, token_input, token_word_map
 
 
 try:
@@ -64,8 +64,10 @@ def pool_tokens(tokens: torch.Tensor, pooling: str) -> torch.Tensor:
 
     Args:
         pooling: "cls_mean" gives (B, 2C), [CLS ; mean of the others] (SAIL, arXiv 2412.04616); "mean" gives (B, C); "mean_max" gives
-            (B, 2C), [mean ; greatest of each channel], which keeps what is small in the image.
+            (B, 2C), [mean ; greatest of each channel], which keeps what is small in the image; "tokens" leaves them as they are.
     """
+    if pooling == "tokens":
+        return tokens
     if pooling == "mean":
         return tokens.mean(1)
     if pooling == "mean_max":
@@ -92,6 +94,44 @@ class VisionProjector(nn.Module):
         return self.output_norm(self.linear(self.norm(tokens))) + self.position
 
 
+class ClassTokens(nn.Module):
+    """What the vision tower's own classification head sees, in words that the decoder can read.
+
+    A tower trained on ImageNet names a thousand kinds of things, more than the captions of a small dataset speak of. The probabilities of the
+    classes of one everyday word ("tabby", "Egyptian cat": cat) are added; each of the k likeliest words becomes a token: a linear
+    map, at first the identity, of its embedding in the decoder, which is also its output weight, so that to read it is almost to say it; and
+    a direction times log P, which says how sure the head is. Concepts as tokens: Fang et al., CVPR 2015 (arXiv 1411.4952), detect words for a captioner in the same way.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        text = config.text_config
+        self.k = config.num_class_tokens
+        self.head = nn.Linear(config.vision_hidden_size, len(config.class_word_ids))
+        self.norm = nn.LayerNorm(text.hidden_size)
+        self.linear = nn.Linear(text.hidden_size, text.encoder_hidden_size, bias=False)
+        self.sureness = nn.Parameter(torch.zeros(text.encoder_hidden_size))
+        word_ids = sorted(set(config.class_word_ids))  # the first is -1 if there is a class without a word
+        self.register_buffer("word_ids", torch.tensor(word_ids))  # (W,)
+        self.register_buffer("word_of_class", torch.tensor([word_ids.index(i) for i in config.class_word_ids]))
+
+    def word_probabilities(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, W) of the words `word_ids`, of a tower's tokens (B, N, C)."""
+        classes = self.head(tokens.mean(1)).float().softmax(-1)
+        words = classes.new_zeros(len(tokens), len(self.word_ids)).index_add(1, self.word_of_class, classes)
+        return words.masked_fill(self.word_ids < 0, 0.0)
+
+    def forward(self, tokens: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """(B, k, D) of tokens (B, N, C) and the decoder's word embeddings (vocabulary, D)."""
+        return self.of_words(self.word_probabilities(tokens).clamp(min=1e-4).log(), embeddings)
+
+    def of_words(self, log_probabilities: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """The same (B, k, D) of words' log-probabilities (B, W), in nats."""
+        sure, which = log_probabilities.topk(self.k)
+        words = self.linear(self.norm(embeddings[self.word_ids[which].clamp(min=0)]))
+        return words + sure[..., None].to(words.dtype) * self.sureness
+
+
 class RBMLayer(nn.Module):
     """The RBM between vision tower and decoder, and the one way in which it changes image_embeds: `refine`."""
 
@@ -99,7 +139,11 @@ class RBMLayer(nn.Module):
         super().__init__()
         self.pooling = config.rbm_pooling
         self.rbm = JointRBM(
-            config.rbm_visible_size, len(config.rbm_word_ids), config.rbm_hidden_size, config.rbm_visible_type
+            config.rbm_visible_size,
+            len(config.rbm_word_ids),
+            config.rbm_hidden_size,
+            config.rbm_visible_type,
+            tokens=self.pooling == "tokens",
         )
         width, self.cause_tokens = config.text_config.encoder_hidden_size, config.rbm_cause_tokens
         self.shift = nn.Linear(config.rbm_hidden_size, width, bias=False)
@@ -126,6 +170,39 @@ class RBMLayer(nn.Module):
             tokens = (self.gate * self.causes(q)).view(len(q), self.cause_tokens, -1)
             refined = torch.cat([refined, tokens.to(refined.dtype)], 1)
         return refined
+
+
+class WordMaps:
+    """For a model with `vision_hidden_states`, `rbm_layer` and `config`: where in an image the RBM finds a word."""
+
+    @torch.no_grad()
+    def word_map(self, pixel_values=None, words=(), vision_hidden_states=None) -> torch.Tensor:
+        """Where in images the causes of words are, for an RBM of tokens: (B, words, N), see `rbm.token_word_map`.
+
+        Positive where a word's causes are, negative where what speaks against it is. The sum over an entry's N tokens is the change of the
+        word's log-odds when the input of all causes grows alike. Token n = row * width + column of the tower's feature map, `map.unflatten(-1,
+        (height, width))`; of a tower with a class token, that is the first, and the grid is the rest.
+
+        Args:
+            pixel_values (B, 3, S, S), or else vision_hidden_states (B, N, C).
+            words: their token ids, among `config.rbm_word_ids`.
+
+        Raises:
+            ValueError: if the RBM does not read tokens, or does not know a word.
+        """
+        rbm, config = self.rbm_layer.rbm, self.config
+        if not rbm.tokens:
+            raise ValueError(
+                f"word_map needs an RBM that reads the image's tokens, but rbm_pooling is {config.rbm_pooling!r}: train one with "
+                "training/train_rbm.py --pooling tokens"
+            )
+        if unknown := sorted(set(words) - set(config.rbm_word_ids)):
+            raise ValueError(f"the RBM does not know the tokens {unknown}; config.rbm_word_ids has those that it knows")
+        tokens = self.vision_hidden_states(pixel_values, vision_hidden_states)
+        with weights_here(rbm):
+            p = rbm.parameters_fp32
+            U = p.U[[config.rbm_word_ids.index(i) for i in words]] if words else p.c.new_zeros(0, len(p.c))
+            return token_word_map(p, token_input(p, rbm.standardise(tokens)), U)
 
 
 class ImageSelfAttention(BlipAttention):

@@ -1,5 +1,7 @@
 """The tables of the documents, made of results files."""
 
+import json
+
 import pytest
 
 from training import report
@@ -52,6 +54,38 @@ def test_results_that_were_not_measured_stay_empty():
     assert lines[0].startswith("| 1,031 images of d s | CIDEr-D |")
     assert lines[2] == "| said | 11.0 | 3.0 | 7.0 |  | 13 | 0.50 |"
     assert lines[3] == "| BLIP-RBM minus BLIP [95 % interval] | +2.0 [+1.0, +3.0] |  |  |  |  |  |"
+
+
+def test_worlds_that_were_measured_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "REPO", tmp_path)
+    assert report.worlds_block("results") == "Not measured yet: `make evaluate`."
+    blip = {
+        "CIDEr-D": 31.04,
+        "BLEU-4": 7.0,
+        "ROUGE-L": 13.0,
+        "METEOR": 11.0,
+        "vocabulary": 431,
+        "CHAIR-i": 17.0,
+        "CHAIR-s": 23.0,
+    }
+    ours = blip | {"CIDEr-D": 37.0, "CHAIR-i": 19.0}
+    entry = {"difference": 5.96, "low": -1.0, "high": 9.0}
+    results = {"images": 1009, "split": "validation", "systems": {"BLIP": blip, "BLIP-RBM": ours}}
+    (tmp_path / "results").mkdir()
+    for name, differences in (("coco", {"CIDEr-D": entry}), ("old_coco", {}), ("web", {"CHAIR-i": entry})):
+        content = json.dumps(results | {"difference": differences})
+        (tmp_path / "results" / f"captions_{name}.json").write_text(content)
+    lines = report.worlds_block("results").splitlines()
+    assert lines[0] == "| images | system | CIDEr-D | BLEU-4 | ROUGE-L | METEOR | vocabulary | CHAIR-i | CHAIR-s |"
+    web, coco = (f"| {report.WORLDS[name]}, 1,009 images of validation |" for name in ("web", "coco"))
+    assert [line.split(" | ")[1] for line in lines[2:]] == [
+        *("BLIP", "BLIP-RBM", "BLIP-RBM minus BLIP"),
+        *("old BLIP", "old BLIP-RBM", "old BLIP-RBM minus old BLIP"),
+        *("BLIP", "BLIP-RBM", "BLIP-RBM minus BLIP"),
+    ]
+    assert lines[4] == f"{web} BLIP-RBM minus BLIP |  |  |  |  |  | +6.0 [-1.0, +9.0] |  |"
+    assert lines[8] == f"{coco} BLIP | 31.0 | 7.0 | 13.0 | 11.0 | 431 | 17.0 | 23.0 |"
+    assert lines[10].startswith(f"{coco} BLIP-RBM minus BLIP | +6.0 [-1.0, +9.0] |  |")
 
 
 def test_every_block_is_used_in_a_document_and_every_document_has_one():

@@ -13,8 +13,10 @@ claim so.
 
 import argparse
 from pathlib import Path
+from typing import Optional
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -26,9 +28,13 @@ from training.lib.encoders import load_image_processor, load_vision_model, state
 from training.lib.stage import run_stage
 
 
-def build_tokenizer(text: str):
+IMAGENET_WORDS = str(Path(__file__).with_name("imagenet_words.tsv"))
+
+
+def build_tokenizer(text: str, sources: tuple[str, ...] = ()):
     tokenizer = AutoTokenizer.from_pretrained(text)
-    tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # in BLIP's order: ids 30522 and 30523
+    # in BLIP's order: ids 30522 and 30523
+    tokenizer.add_tokens(["[DEC]", "[ENC]", *(f"[{source}]" for source in sources)], special_tokens=True)
     # [ENC] is not named among the tokenizer's special tokens: transformers 5 would write a list that 4.57 cannot read.
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     return tokenizer
@@ -62,12 +68,62 @@ def shape_of_tokens(tower, image_processor) -> dict[str, int]:
     return {"num_image_tokens": tokens.shape[1], "vision_hidden_size": tokens.shape[2]}
 
 
-def build_captioner(vision: str, text: str, dropout: float = 0.1, max_position_embeddings: int = 512):
+def class_words(file: str, tokenizer) -> list[int]:
+    """Token id of each class's everyday word, -1 without one, of a table `class index, label, word` with tabs between.
+
+    Raises:
+        ValueError: if a line is not of that form.
+    """
+    ids = []
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines()):
+        columns = line.split("\t")
+        if len(columns) != 3 or columns[0] != str(number):
+            raise ValueError(f"{file}, line {number + 1}: must be {number}, a label and a word, but is {line!r:.80}")
+        pieces = tokenizer(columns[2], add_special_tokens=False)["input_ids"]
+        ids.append(pieces[0] if len(pieces) == 1 else -1)
+    return ids
+
+
+@torch.no_grad()
+def load_class_head(head: torch.nn.Linear, file: str):
+    """Weights of a classifier, (classes, width) and (classes,), out of a .safetensors or a PyTorch file; a tower may have
+    more channels than the classifier was made for: they are zero, as transformers rounds the width up.
+
+    Raises:
+        ValueError: if the file has no such weights.
+    """
+    tensors = (
+        load_file(file) if file.endswith(".safetensors") else torch.load(file, map_location="cpu", weights_only=True)
+    )
+    weights = [
+        t for t in tensors.values() if t.dim() == 2 and len(t) == len(head.bias) and t.shape[1] <= head.in_features
+    ]
+    biases = [t for t in tensors.values() if t.shape == head.bias.shape]
+    if len(weights) != 1 or len(biases) != 1:
+        raise ValueError(
+            f"{file} must hold one classifier of {len(head.bias)} classes for at most {head.in_features} channels, but has "
+            f"{len(weights)} weights and {len(biases)} biases of such shapes"
+        )
+    head.weight.zero_()
+    head.weight[:, : weights[0].shape[1]] = weights[0]
+    head.bias.copy_(biases[0])
+
+
+def build_captioner(
+    vision: str,
+    text: str,
+    dropout: float = 0.1,
+    max_position_embeddings: int = 512,
+    sources: tuple[str, ...] = (),
+    classes: Optional[tuple[str, str]] = None,
+):
     """An untrained captioner: (model, processor).
 
     Args:
         vision: folder or Hub id of any vision model that transformers' AutoModel loads, as in `load_tower`.
         text: folder or Hub id of a BERT-type encoder with its tokenizer.
+        sources: names of sources of captions, each with a token of its own (`training/lib/mixture.py`).
+        classes: files of the tower's classification head and of its classes' words (`load_class_head`, `class_words`).
 
     Raises:
         ValueError: if the text model is not of BERT's kind.
@@ -79,7 +135,7 @@ def build_captioner(vision: str, text: str, dropout: float = 0.1, max_position_e
             f"{text} is a {encoder.config.model_type!r} model, but BLIP's decoder is a BERT: choose a model of type "
             "'bert', such as sentence-transformers/all-MiniLM-L6-v2 or bert-base-uncased"
         )
-    tokenizer = build_tokenizer(text)
+    tokenizer = build_tokenizer(text, sources)
     vision_config = getattr(tower.config, "vision_config", tower.config)  # CLIP and the like: their vision half
     tower = getattr(tower, "vision_model", tower) if vision_config is not tower.config else tower
     bert = encoder.config
@@ -103,8 +159,11 @@ def build_captioner(vision: str, text: str, dropout: float = 0.1, max_position_e
             "hidden_dropout_prob": dropout,
             "attention_probs_dropout_prob": dropout,
         },
+        class_word_ids=class_words(classes[1], tokenizer) if classes else None,
     )
     model = BlipRBMForConditionalGeneration(config)
+    if classes:
+        load_class_head(model.class_tokens.head, classes[0])
     model.vision_model.load_state_dict(tower.state_dict())
     _start_decoder_from_bert(model.text_decoder, encoder.state_dict())
     return model, BlipRBMProcessor(image_processor, tokenizer)
@@ -129,7 +188,9 @@ def _start_decoder_from_bert(decoder, bert: dict):
 
 
 @torch.no_grad()
-def with_decoder_of(captioner: str, vision: str, aligned: str | None = None):
+def with_decoder_of(
+    captioner: str, vision: str, aligned: Optional[str] = None, classes: Optional[tuple[str, str]] = None
+):
     """A trained captioner's decoder on another tower, the projector untrained, cross-attention a copy of self-attention
     again.
 
@@ -137,6 +198,7 @@ def with_decoder_of(captioner: str, vision: str, aligned: str | None = None):
         captioner: folder or Hub id of a BLIP-RBM.
         aligned: output of `training.align`: the projector takes tokens of its width, not of the tower's. Such a model
             captions cached tokens (`train_captioner --aligned`), not pixels.
+        classes: as in `build_captioner`.
     """
     trained = BlipRBMForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32)
     tower, image_processor = load_tower(vision)
@@ -145,12 +207,16 @@ def with_decoder_of(captioner: str, vision: str, aligned: str | None = None):
     if aligned is not None:
         layer = load_image_layer(aligned)
         shape["vision_hidden_size"] = layer(torch.zeros(1, len(layer[0].weight))).shape[1]
+    tokenizer = BlipRBMProcessor.from_pretrained(captioner).tokenizer
+    if classes:
+        shape["class_word_ids"] = class_words(classes[1], tokenizer)
     model = BlipRBMForConditionalGeneration(BlipRBMConfig(vision_config=tower.config, text_config=words, **shape))
+    if classes:
+        load_class_head(model.class_tokens.head, classes[0])
     model.vision_model.load_state_dict(tower.state_dict())
     model.text_decoder.load_state_dict(trained.text_decoder.state_dict())
     for block in model.text_decoder.bert.encoder.layer:
         block.crossattention.load_state_dict(block.attention.state_dict(), strict=False)
-    tokenizer = BlipRBMProcessor.from_pretrained(captioner).tokenizer
     return model, BlipRBMProcessor(image_processor, tokenizer)
 
 
@@ -163,6 +229,16 @@ def main():
     language.add_argument("--text", help="folder or Hub id of a BERT-type text encoder")
     language.add_argument("--decoder", help="folder or Hub id of a trained captioner, in the place of --text")
     parser.add_argument("--aligned", help="output of training.align; with --decoder")
+    parser.add_argument(
+        "--sources", nargs="*", default=[], help="names of sources of captions, such as web: see mixture.py"
+    )
+    parser.add_argument(
+        "--class_head",
+        help="file with the weights of the vision model's classification head: the decoder is told its classes",
+    )
+    parser.add_argument(
+        "--class_words", default=IMAGENET_WORDS, help="table of the classes' words (default: ImageNet's)"
+    )
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -170,10 +246,11 @@ def main():
     torch.manual_seed(args.seed)
     if args.aligned and not args.decoder:
         parser.error("--aligned needs --decoder: the captioner whose words the new one begins with")
+    classes = (args.class_head, args.class_words) if args.class_head else None
     if args.decoder:
-        model, processor = with_decoder_of(args.decoder, args.vision, args.aligned)
+        model, processor = with_decoder_of(args.decoder, args.vision, args.aligned, classes)
     else:
-        model, processor = build_captioner(args.vision, args.text)
+        model, processor = build_captioner(args.vision, args.text, sources=tuple(args.sources), classes=classes)
     save_captioner(model, processor, args.output_dir)
     if args.decoder and (record := record_of_training(args.decoder)):  # what is trained next goes on from it
         write_json(Path(args.output_dir) / "captioner.json", record)

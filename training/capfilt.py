@@ -11,6 +11,9 @@ which all are. `capfilt.json` says how large that share is found. The head of `B
 too, on PMI alone and against hard negatives, the best of a few captions of other images, and written into the model's
 config.
 
+With `--cross_fit` the RBMs that judge are trained here, one on each half of the images, which judges the other half: a
+model that was trained on the pairs finds all of them right. The captioner needs no RBM then.
+
 With `--shuffle 0.3` that share of the captions is first exchanged between images and an RBM is trained on the noisy
 pairs of each half of the images, which judges the other half, its synthetic captions as well; with `--rounds 2` once
 more, on what the first two left. `capfilt.json` says how well the wrong ones are found. For an honest measurement the
@@ -31,13 +34,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.rbm import hidden_input, pairwise_mutual_information, pointwise_mutual_information
+from modeling_blip_rbm.rbm import pairwise_mutual_information, pointwise_mutual_information
 from training.lib.arguments import DataArguments, parse_arguments
 from training.lib.captions import caption_rows
 from training.lib.checkpoints import refuse_other_output, write_json
 from training.lib.data import CaptionWords, caption_words, choose_words, split_held_back
 from training.lib.distributed import new_accelerator
 from training.lib.features import cache_features, load_features
+from training.lib.rbm_evaluation import image_inputs
 from training.lib.rbm_objective import PooledPairs, RBMArguments
 from training.lib.rbm_training import in_pieces, train, with_new_rbm
 from training.lib.stage import run_stage
@@ -54,7 +58,13 @@ class CapFiltArguments:
     shuffle: float = field(
         default=0.0, metadata={"help": "exchange this share of the captions first, to measure the filter"}
     )
-    epochs: int = field(default=15, metadata={"help": "of the RBMs trained on shuffled pairs"})
+    cross_fit: bool = field(
+        default=False,
+        metadata={
+            "help": "judge each half of the pairs by an RBM trained on the other half, as none that knew them could"
+        },
+    )
+    epochs: int = field(default=15, metadata={"help": "of the RBMs trained with --shuffle or --cross_fit"})
     rounds: int = field(
         default=1,
         metadata={"help": "times that those are trained, from the second on with the captions that are likelier right"},
@@ -68,6 +78,11 @@ class CapFiltArguments:
         metadata={"help": "write the fitted matching head into the model's config.json, if it is a folder"},
     )
     seed: int = field(default=0, metadata={"help": "of everything random"})
+
+    @property
+    def trains(self) -> bool:
+        """Whether the RBMs that judge are trained here."""
+        return self.cross_fit or self.shuffle > 0
 
 
 def shuffled(captions: list[list[str]], share: float, seed: int) -> tuple[list[list[str]], list[np.ndarray]]:
@@ -97,11 +112,11 @@ def caption_evidence(rbm, store, words: CaptionWords, rows, references, whose=No
         whose: the image whose captions are held against each of `rows`; default: itself.
     """
     p, result = rbm.parameters_fp32, []
-    others = hidden_input(p, rbm.standardise(store.batch(references)))
+    others = image_inputs(rbm, store, references)
     whose = np.asarray(rows if whose is None else whose)
     pieces = max(1, len(rows) // 512)
     for part, source in zip(np.array_split(np.asarray(rows), pieces), np.array_split(whose, pieces)):
-        a = hidden_input(p, rbm.standardise(store.batch(part)))
+        a = image_inputs(rbm, store, part)
         w = [words[i].float() for i in source]
         with_others = pairwise_mutual_information(p, others, torch.cat(w)).logsumexp(0) - np.log(len(others))
         own = torch.cat([pointwise_mutual_information(p, row[None], of_image) for row, of_image in zip(a, w)])
@@ -121,7 +136,7 @@ def fit_matching_head(rbm, store, words: CaptionWords, rows, negatives: int, see
     """The head of `BlipRBMForImageTextRetrieval`, on PMI: captions against hard negatives, each the best of a few of
     other images."""
     p, rng = rbm.parameters_fp32, np.random.default_rng(seed)
-    a = hidden_input(p, rbm.standardise(store.batch(rows)))
+    a = image_inputs(rbm, store, rows)
     similarity = pairwise_mutual_information(p, a, words.choose(np.asarray(rows), rng.random(len(rows)))).numpy()
     hard = []
     for i, row in enumerate(similarity):
@@ -237,16 +252,17 @@ def synthetic_captions(model, processor, dataset, cache_dir) -> list[str]:
     return caption_rows(model, processor, store, range(len(dataset)), rbm=False, num_beams=1, max_new_tokens=20)
 
 
-def write_pairs(images: Dataset, captions: list[list[str]], folder: Path, split: str):
-    """The images that have a caption left, as a parquet data set."""
-    kept = [i for i, of_image in enumerate(captions) if of_image]
-    pairs = images.select_columns(["image", "image_id"]).select(kept)
-    pairs = pairs.add_column("captions", [captions[i] for i in kept])
+def write_pairs(dataset: Dataset, kept: dict[int, list[str]], captions: list[list[str]], folder: Path, split: str):
+    """The images that have a caption left, as a parquet data set. Held-back images, of which `kept` says nothing, stay as
+    they are: whatever stage reads the result holds the same ones back."""
+    left = [kept.get(row, of_image) for row, of_image in enumerate(captions)]
+    rows = [row for row, of_image in enumerate(left) if of_image]
+    pairs = dataset.select_columns(["image", "image_id"]).select(rows)
+    pairs = pairs.add_column("captions", [left[row] for row in rows])
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "unfinished"
     pairs.to_parquet(temporary)
     temporary.replace(folder / f"{split}.parquet")
-    return len(kept)
 
 
 def add_synthetic(model, processor, images, kept, rows, words: CaptionWords, judge: Filter, data) -> int:
@@ -265,15 +281,15 @@ def add_synthetic(model, processor, images, kept, rows, words: CaptionWords, jud
 
 def refuse_impossible(data: DataArguments, args: CapFiltArguments):
     """Raises ValueError for settings that cannot be, before anything is read."""
-    if args.rounds < 1 or (args.rounds > 1 and not args.shuffle):
+    if args.rounds < 1 or (args.rounds > 1 and not args.trains):
         raise ValueError(
-            f"--rounds is {args.rounds}, but must be at least 1, and 1 without --shuffle: only RBMs of shuffled pairs are trained here"
+            f"--rounds is {args.rounds}, but must be at least 1, and 1 without --shuffle or --cross_fit, which train RBMs"
         )
     if data.streaming:
         raise ValueError("capfilt writes the images that it keeps, so it cannot stream them: leave --streaming out")
 
 
-def judges_of_shuffled_pairs(model, processor, store, captions, words, train_rows, held_rows, args: CapFiltArguments):
+def judges_of_noisy_pairs(model, processor, store, captions, words, train_rows, held_rows, args: CapFiltArguments):
     """Two RBMs of noisy pairs; in every round but the first they are trained on the captions that the two before found
     right."""
     judges = noisy_judges(model, store, words, train_rows, held_rows, args)
@@ -311,8 +327,10 @@ def words_to_judge_by(model, processor, captions, train_rows, args: CapFiltArgum
     """The RBM's words in the captions; of a captioner without an RBM, whose pairs are shuffled, the commonest ones."""
     word_ids = model.config.rbm_word_ids
     if not word_ids:
-        if not args.shuffle:
-            raise ValueError(f"{args.model} has no RBM that knows words: train one first (training.train_rbm)")
+        if not args.trains:
+            raise ValueError(
+                f"{args.model} has no RBM that knows words: train one first (training.train_rbm), or here with --cross_fit true"
+            )
         word_ids = choose_words(processor.tokenizer, (captions[i] for i in train_rows), RBMArguments.num_words)
     return caption_words(processor.tokenizer, captions, word_ids)
 
@@ -332,8 +350,8 @@ def main():
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions, wrong = shuffled(dataset["captions"][:], args.shuffle, args.seed)
     words, report = words_to_judge_by(model, processor, captions, train_rows, args), {}
-    if args.shuffle:
-        judges = judges_of_shuffled_pairs(model, processor, store, captions, words, train_rows, held_rows, args)
+    if args.trains:
+        judges = judges_of_noisy_pairs(model, processor, store, captions, words, train_rows, held_rows, args)
     else:
         judges = [(model.rbm_layer.rbm, train_rows)]
         report |= save_matching_head(model, store, words, held_rows, args)
@@ -354,9 +372,10 @@ def main():
     images = dataset.select(train_rows)
     if args.synthetic:
         report["synthetic_kept"] = add_synthetic(model, processor, images, kept, train_rows, words, judge, data)
-    report["images_kept"] = write_pairs(images, kept, output_dir, data.train_split)
+    report["images_kept"] = sum(map(bool, kept))
+    write_pairs(dataset, dict(zip(train_rows, kept)), captions, output_dir, data.train_split)
     if args.shuffle:
-        write_pairs(images, [captions[i] for i in train_rows], noisy_dir, data.train_split)
+        write_pairs(dataset, {}, captions, noisy_dir, data.train_split)
     write_json(output_dir / "capfilt.json", report)
     print(json.dumps({name: value for name, value in report.items() if name not in ("capfilt", "data")}, indent=1))
 

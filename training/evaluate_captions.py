@@ -28,7 +28,9 @@ from training.lib.metrics import (
     CiderD,
     bleu_of_statistics,
     bleu_statistics,
+    chair_of_statistics,
     corpus_diversity,
+    hallucination_statistics,
     meteor,
     paired_bootstrap,
     rouge_l,
@@ -53,33 +55,45 @@ class EvaluationArguments(MeasureArguments):
 
 
 def per_image(captions: list[str], references: list[list[str]]) -> dict[str, np.ndarray]:
-    """Per image: cider (n,), rouge_l (n,), and BLEU's statistics (n, 10), which add up."""
+    """Per image: cider (n,), rouge_l (n,), and the statistics of BLEU (n, 10) and of objects (n, 3), which add up."""
     tokens = [(tokenize(c), [tokenize(r) for r in rs]) for c, rs in zip(captions, references)]
     return {
         "cider": CiderD(references).scores(captions),
         "rouge_l": np.array([rouge_l(c, rs) for c, rs in zip(captions, references)]),
         "bleu": np.array([bleu_statistics(c, rs) for c, rs in tokens]),
+        "objects": hallucination_statistics(captions, references),
     }
 
 
 def summary(captions, scores, training_captions) -> dict[str, float]:
     """The numbers of one system: metrics times 100, diversity as it is."""
     bleu = 100 * bleu_of_statistics(scores["bleu"].sum(0))
+    chair_i, chair_s = 100 * chair_of_statistics(scores["objects"].mean(0))
     return {
         "CIDEr-D": 100 * scores["cider"].mean(),
         **{f"BLEU-{n}": value for n, value in enumerate(bleu, start=1)},
         "ROUGE-L": 100 * scores["rouge_l"].mean(),
+        "CHAIR-i": chair_i,
+        "CHAIR-s": chair_s,
         **corpus_diversity(captions, training_captions),
     }
 
 
 def differences(ours, baseline) -> dict[str, dict[str, float]]:
-    """BLIP-RBM minus BLIP with 95 % intervals, points of each metric."""
+    """BLIP-RBM minus BLIP with 95 % intervals, points of each metric.
+
+    METEOR, where both have it: of the captions' mean, as corpus METEOR does not add up over images.
+    """
     scaled = {
         "CIDEr-D": paired_bootstrap(ours["cider"], baseline["cider"]),
         "BLEU-4": paired_bootstrap(ours["bleu"], baseline["bleu"], lambda mean: bleu_of_statistics(mean)[..., 3]),
         "ROUGE-L": paired_bootstrap(ours["rouge_l"], baseline["rouge_l"]),
     }
+    if "meteor" in ours and "meteor" in baseline:
+        scaled["METEOR"] = paired_bootstrap(ours["meteor"], baseline["meteor"])
+    for column, name in enumerate(("CHAIR-i", "CHAIR-s")):
+        share = lambda mean, column=column: chair_of_statistics(mean)[..., column]
+        scaled[name] = paired_bootstrap(ours["objects"], baseline["objects"], share)
     return {
         metric: {name: value if name == "p" else 100 * value for name, value in result.items()}
         for metric, result in scaled.items()
@@ -149,7 +163,7 @@ def measure(model, processor, dataset, store, training_captions, args: Evaluatio
             "seconds_of_vision": vision,
         }
         if (by_java := meteor(captions[name], references)) is not None:
-            systems[name]["METEOR"] = 100 * by_java[0]
+            systems[name]["METEOR"], scores[name]["meteor"] = 100 * by_java[0], by_java[1]
         show(name, systems[name])
     return captions, scores, systems
 

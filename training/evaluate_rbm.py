@@ -16,13 +16,13 @@ import matplotlib
 import torch
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.rbm import hidden_input, word_gains
+from modeling_blip_rbm.rbm import word_gains
 from training.lib.arguments import MeasureArguments, parse_arguments
 from training.lib.checkpoints import write_json
 from training.lib.data import caption_words
 from training.lib.features import cache_features
 from training.lib.pairs import load_pairs
-from training.lib.rbm_evaluation import evaluate_rbm
+from training.lib.rbm_evaluation import evaluate_rbm, image_inputs
 from training.lib.stage import run_stage
 
 
@@ -66,9 +66,8 @@ def main():
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     dataset = load_pairs(args.dataset, args.split, args.max_images, **args.columns)
     settings = {"pooling": model.config.rbm_pooling}
-    pooled = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir, **settings).batch(
-        range(len(dataset))
-    )
+    store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir, **settings)
+    rows = range(len(dataset))
     word_ids = list(model.config.rbm_word_ids)
     names = processor.tokenizer.convert_ids_to_tokens(word_ids)
     unknown = sorted(set(args.queries) - set(names))
@@ -78,10 +77,15 @@ def main():
         )
     words = caption_words(processor.tokenizer, dataset["captions"], word_ids)
     rbm = model.rbm_layer.rbm
-    result = {"model": args.model, "split": args.split, "images": len(dataset), **evaluate_rbm(rbm, pooled, words)}
+    result = {
+        "model": args.model,
+        "split": args.split,
+        "images": len(dataset),
+        **evaluate_rbm(rbm, store.batch(rows), words),
+    }
     p = rbm.parameters_fp32
     with torch.no_grad():
-        prob = torch.sigmoid(p.b + word_gains(p, hidden_input(p, rbm.standardise(pooled)), order="second"))
+        prob = torch.sigmoid(p.b + word_gains(p, image_inputs(rbm, store, rows), order="second"))
     picture = Path(args.output).with_suffix(".png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     show(picture, dataset["image"], prob, names, args.queries, args.seed)

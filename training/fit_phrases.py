@@ -25,6 +25,7 @@ from training.lib.captions import caption_tokens
 from training.lib.checkpoints import refuse_other_output, save_captioner, write_json
 from training.lib.data import split_held_back
 from training.lib.features import load_features
+from training.lib.rbm_evaluation import image_inputs
 from training.lib.stage import run_stage
 
 
@@ -123,7 +124,7 @@ def main():
     start = time.time()
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"][:]
-    causes_of = lambda rows, view: torch.sigmoid(rbm.hidden_input(rbm.standardise(store.batch(rows, view))))
+    causes_of = lambda rows, view: torch.sigmoid(image_inputs(rbm, store, rows, view))
     pad = text.pad_token_id
     words, image = words_of(processor, [captions[row] for row in train_rows])
     block = choose_phrases(words, image, pad, args.min_images, rbm.hidden_size, text.vocab_size)

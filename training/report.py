@@ -27,6 +27,13 @@ DOCUMENTS = (
     "docs/alignment.md",
 )
 MEASURES = {"CIDEr-D": ".1f", "BLEU-4": ".1f", "ROUGE-L": ".1f", "METEOR": ".1f", "vocabulary": ".0f", "novel": ".2f"}
+# Data sets on which the embedded model is measured, `benchmarks/results/captions_NAME.json`; captions_old_NAME.json: the
+# embedded model of 0.1.0, whose captioner saw Flickr8k alone.
+WORLDS = {"flickr8k": "Flickr8k", "web": "web photographs", "coco": "COCO, no image of it trained on"}
+WORLD_MEASURES = {name: form for name, form in MEASURES.items() if name != "novel"} | {
+    "CHAIR-i": ".1f",
+    "CHAIR-s": ".1f",
+}
 
 
 def read(path: str):
@@ -40,9 +47,9 @@ def table(header, rows) -> str:
     return "\n".join([line(header), "|---" * len(header) + "|", *map(line, rows)])
 
 
-def measures(system: dict) -> list[str]:
-    """Cells of `MEASURES`, empty for what was not measured."""
-    return [format(system[name], form) if name in system else "" for name, form in MEASURES.items()]
+def measures(system: dict, forms: dict[str, str] = MEASURES) -> list[str]:
+    """Cells of `forms`, empty for what was not measured."""
+    return [format(system[name], form) if name in system else "" for name, form in forms.items()]
 
 
 def interval(entry: dict) -> str:
@@ -52,7 +59,7 @@ def interval(entry: dict) -> str:
 def systems_table(results: dict, names: dict) -> str:
     """A row for each system of `names` (key in the results file -> what the table calls it), then the difference."""
     systems = results["systems"] | results["ablation"]
-    rows = [[said, *measures(systems[name])] for name, said in names.items()]
+    rows = [[said, *measures(systems[name])] for name, said in names.items() if name in systems]
     differences = [interval(results["difference"][name]) if name in results["difference"] else "" for name in MEASURES]
     return table(
         [f"{results['images']:,} images of {results['dataset']} {results['split']}", *MEASURES],
@@ -102,6 +109,52 @@ def seeds_block(name: str) -> str:
         words = f"{ours['vocabulary'] / blip['vocabulary'] - 1:+.0%}"
         rows.append([str(seed), *cells, words, f"{100 * (ours['novel'] - blip['novel']):+.1f}"])
     return table(["seed", "CIDEr-D", "BLEU-4", "ROUGE-L", "METEOR", "vocabulary", "novel, points"], rows)
+
+
+def worlds_block(folder: str = BENCHMARKS) -> str:
+    """The model before and now on each data set of `WORLDS` that was measured."""
+    rows = []
+    for world, said in WORLDS.items():
+        for prefix, model in (("old_", "old "), ("", "")):
+            file = f"{folder}/captions_{prefix}{world}.json"
+            if not (REPO / file).exists():
+                continue
+            results = read(file)
+            where = f"{said}, {results['images']:,} images of {results['split']}"
+            rows += [
+                [where, f"{model}{name}", *measures(system, WORLD_MEASURES)]
+                for name, system in results["systems"].items()
+            ]
+            ours = results["difference"]
+            apart = [interval(ours[name]) if name in ours else "" for name in WORLD_MEASURES]
+            rows.append([where, f"{model}BLIP-RBM minus {model}BLIP", *apart])
+    if not rows:
+        return "Not measured yet: `make evaluate`."
+    return table(["images", "system", *WORLD_MEASURES], rows)
+
+
+def worlds_cider_block(folder: str = BENCHMARKS) -> str:
+    """CIDEr-D alone of each system, a column a data set of `WORLDS`."""
+    measured = {
+        (prefix, world): read(file)
+        for prefix in ("old_", "")
+        for world in WORLDS
+        if (REPO / (file := f"{folder}/captions_{prefix}{world}.json")).exists()
+    }
+    rows = []
+    for prefix, model in (("old_", "0.1.0: "), ("", "")):
+        found = [measured.get((prefix, world)) for world in WORLDS]
+        if any(found):
+            for name in ("BLIP", "BLIP-RBM"):
+                cells = [format(one["systems"][name]["CIDEr-D"], ".1f") if one else "" for one in found]
+                rows.append([f"{model}{name}", *cells])
+            rows.append(
+                [
+                    f"{model}BLIP-RBM minus BLIP",
+                    *(interval(one["difference"]["CIDEr-D"]) if one else "" for one in found),
+                ]
+            )
+    return table(["CIDEr-D, 1,000 validation images each", *WORLDS.values()], rows) if rows else "Not measured yet."
 
 
 def diversity_block() -> str:
@@ -167,9 +220,9 @@ def speed_table(measured: list[dict]) -> str:
     return table(["", "images", "beams", *shown, "seconds, stock / RBM off", "peak MB, stock / RBM off"], rows)
 
 
-def int8_block(results: dict) -> str:
-    """What the embedded model's captions lose in 8 bits."""
-    int8 = read(f"{BENCHMARKS}/captions_int8.json")
+def int8_block() -> str:
+    """What the captions of the embedded model of 0.1.0 lose in 8 bits."""
+    results, int8 = (read(f"{BENCHMARKS}/captions_{name}.json") for name in ("seed_0", "int8"))
     said, rounded = ({entry["image_id"]: entry for entry in result["captions"]} for result in (results, int8))
     rows = []
     for name in ("BLIP", "BLIP-RBM"):
@@ -327,10 +380,12 @@ def blocks() -> dict[str, str]:
         "ablation": ablation_block(results),
         "seeds": seeds_block("seed"),
         "varied": seeds_block("varied"),
+        "worlds": worlds_block(),
+        "worlds_cider": worlds_cider_block(),
         "diversity": diversity_block(),
         "confidence": confidence_block(),
         "speed": speed_block(),
-        "int8": int8_block(results),
+        "int8": int8_block(),
         "training": training_block(),
         "cost": cost_block(),
         "rbm-speed": rbm_speed_block(),

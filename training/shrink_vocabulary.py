@@ -11,6 +11,7 @@ kept pieces do not change: captions stay the same.
 
 import json
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from training.lib.arguments import DataArguments, parse_arguments
 from training.lib.captions import caption_tokens
 from training.lib.checkpoints import refuse_other_output, save_captioner, write_json
 from training.lib.data import split_held_back
-from training.lib.pairs import load_pairs
+from training.lib.mixture import image_sources, read_images, read_text_sources
 from training.lib.stage import run_stage
 
 
@@ -30,6 +31,7 @@ from training.lib.stage import run_stage
 class ShrinkArguments:
     model: str = field(metadata={"help": "folder or Hub id of the captioner, before its RBM is trained"})
     output_dir: str = field(metadata={"help": "where the smaller captioner goes"})
+    least: int = field(default=1, metadata={"help": "times that a word-piece must occur in the captions to be kept"})
 
 
 def kept_tokens(tokenizer, said: set[int]) -> list[int]:
@@ -55,8 +57,12 @@ def shrink_tokenizer(tokenizer, kept: list[int]):
         file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         for stale in ("vocab.txt", "added_tokens.json"):
             (Path(folder) / stale).unlink(missing_ok=True)
+        added = {
+            str(token["id"]): {name: value for name, value in token.items() if name != "id"}
+            for token in content["added_tokens"]
+        }
         settings = Path(folder) / "tokenizer_config.json"
-        settings.write_text(json.dumps({**json.loads(settings.read_text()), "added_tokens_decoder": {}}))
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "added_tokens_decoder": added}))
         return AutoTokenizer.from_pretrained(folder)
 
 
@@ -81,6 +87,7 @@ def shrink_captioner(model, kept: list[int]):
     ids = ("bos_token_id", "sep_token_id", "eos_token_id", "pad_token_id")
     text |= {"vocab_size": len(kept)} | {name: new[text[name]] for name in ids}
     config["rbm_word_ids"] = [new[i] for i in config["rbm_word_ids"]]
+    config["class_word_ids"] = [new.get(i, -1) for i in config["class_word_ids"]]
     small = BlipRBMForConditionalGeneration(BlipRBMConfig.from_dict(config))
     for name in ("max_new_tokens", "num_beams", "length_penalty", "repetition_penalty"):
         setattr(small.generation_config, name, getattr(model.generation_config, name))
@@ -91,6 +98,7 @@ def shrink_captioner(model, kept: list[int]):
             name: t[rows] if name.removeprefix("text_decoder.") in own else t
             for name, t in model.state_dict().items()
         }
+        | {name: t for name, t in small.state_dict().items() if name == "class_tokens.word_ids"}
     )  # fmt: skip
     return small.eval()
 
@@ -100,10 +108,14 @@ def main():
     refuse_other_output(args.output_dir)
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
-    dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
-    captions = dataset["captions"][:]
-    train_rows, _ = split_held_back(dataset, data.held_back)
-    said = {token for i in train_rows for ids in caption_tokens(processor, captions[i]) for token in ids}
+    captions = [of_image for _, texts in read_text_sources(data) for of_image in texts]
+    if image_sources(data):
+        dataset = read_images(data)
+        train_rows, _ = split_held_back(dataset, data.held_back)
+        captions += dataset.select(train_rows)["captions"][:]
+    counts = Counter(token for of_image in captions for ids in caption_tokens(processor, of_image) for token in ids)
+    said = {token for token, count in counts.items() if count >= args.least}
+    said |= {word for word in model.config.class_word_ids if word >= 0}
     kept = kept_tokens(processor.tokenizer, said)
     before = sum(p.numel() for p in model.parameters())
     small = shrink_captioner(model, kept)

@@ -1,25 +1,41 @@
 #!/usr/bin/env bash
-# checkpoints/blip-rbm-small again, in runs/blip-rbm-small: 4 hours on two cores. training/README.md says what each stage is for.
+# checkpoints/blip-rbm-small again, in runs/blip-rbm-small: 2 hours on two cores with AMX. training/README.md says what each stage is for.
+# A stage that is stopped goes on from its last checkpoint; one whose result is there is passed over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-DATASET=${DATASET:?a folder or Hub id with image and captions columns}
+HUMAN=${HUMAN:?pairs with captions that people wrote: a folder or Hub id}
+WEB=${WEB:?noisy pairs of the web}
+TEXTS=${TEXTS:?files of captions without images, separated by blanks, with ,without=DATASET:SPLIT where some are to be left out}
 VISION=${VISION:?a vision encoder}
 TEXT=${TEXT:?a BERT-type text encoder}
-data=(--dataset "$DATASET")
+CLASS_HEAD=${CLASS_HEAD:?a file with the weights of the classification head of the vision encoder}
+RUNS=${RUNS:-runs}
 
-"$PYTHON" -m training.build_captioner --vision "$VISION" --text "$TEXT" --output_dir runs/untrained
-"$PYTHON" -m training.train_captioner training/recipes/captioner-small.yaml --model runs/untrained "${data[@]}" \
-    --output_dir runs/captioner
-"$PYTHON" -m training.train_captioner training/recipes/captioner-small-finish.yaml --model runs/captioner/best "${data[@]}" \
-    --output_dir runs/captioner-finish
-"$PYTHON" -m training.average_captioners runs/captioner-finish/best runs/captioner-finish/last --output_dir runs/captioner-average
-"$PYTHON" -m training.train_captioner training/recipes/captioner-small-tower.yaml --model runs/captioner-average/best "${data[@]}" \
-    --output_dir runs/captioner-tower
-"$PYTHON" -m training.shrink_vocabulary --model runs/captioner-tower/best "${data[@]}" --output_dir runs/captioner-shrunk
-"$PYTHON" -m training.train_rbm training/recipes/rbm-small.yaml --model runs/captioner-shrunk "${data[@]}" --output_dir runs/rbm
-"$PYTHON" -m training.fit_phrases --views 2 --model runs/rbm/best "${data[@]}" --output_dir runs/phrases
-"$PYTHON" -m training.tune_decoding training/recipes/decoding-small.yaml --model runs/phrases/best "${data[@]}" \
-    --output_dir runs/blip-rbm-small
-"$PYTHON" -m training.evaluate_confidence --model runs/blip-rbm-small "${data[@]}" --output runs/blip-rbm-small/confidence.json
-cp runs/captioner-tower/captioner.json runs/rbm/rbm.json runs/phrases/phrases.json runs/blip-rbm-small/
+texts() { for file in $TEXTS; do echo "$file,text=true,weight=$1"; done; }
+stage() {  # OUTPUT MODULE ARGUMENTS...: unless OUTPUT is there
+    local output=$1
+    shift
+    [ -e "$output" ] || "$PYTHON" -m "training.$@"
+}
+
+# words: of the texts alone, then of images, of people and of the web
+stage $RUNS/built build_captioner --vision "$VISION" --text "$TEXT" --sources web --output_dir $RUNS/built
+stage $RUNS/untrained shrink_vocabulary --model $RUNS/built --dataset "$HUMAN" "$WEB,source=web" $(texts 1) --held_back 1000 --least 4 \
+    --output_dir $RUNS/untrained
+stage $RUNS/language/captioner.json train_captioner training/recipes/language.yaml --model $RUNS/untrained --dataset $(texts 0.4) \
+    --held_back 2000 --output_dir $RUNS/language
+stage $RUNS/begun build_captioner --vision "$VISION" --decoder $RUNS/language/best --class_head "$CLASS_HEAD" --output_dir $RUNS/begun
+stage $RUNS/pretrain/captioner.json train_captioner training/recipes/pretrain.yaml --model $RUNS/begun \
+    --dataset "$HUMAN" "$WEB,source=web" $(texts 0.08) --output_dir $RUNS/pretrain
+stage $RUNS/finetune/captioner.json train_captioner training/recipes/finetune.yaml --model $RUNS/pretrain/best \
+    --dataset "$HUMAN" "$WEB" $(texts 0.12) --output_dir $RUNS/finetune
+# the RBM, its phrases, and the weights of guide and re-rank
+stage $RUNS/rbm/rbm.json train_rbm training/recipes/rbm-small.yaml --model $RUNS/finetune/best --dataset "$HUMAN" "$WEB" --output_dir $RUNS/rbm
+stage $RUNS/phrases/phrases.json fit_phrases --views 2 --held_back 1000 --model $RUNS/rbm/best --dataset "$HUMAN" "$WEB" \
+    --output_dir $RUNS/phrases
+stage $RUNS/blip-rbm-small/tuning.json tune_decoding training/recipes/decoding-small.yaml --model $RUNS/phrases/best --dataset "$HUMAN" "$WEB" \
+    --output_dir $RUNS/blip-rbm-small
+stage $RUNS/blip-rbm-small/confidence.json evaluate_confidence --model $RUNS/blip-rbm-small --dataset "$HUMAN" \
+    --output $RUNS/blip-rbm-small/confidence.json
+cp $RUNS/finetune/captioner.json $RUNS/rbm/rbm.json $RUNS/phrases/phrases.json $RUNS/blip-rbm-small/

@@ -17,6 +17,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
@@ -28,13 +29,20 @@ from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration, Bl
 from modeling_blip_rbm.vision_blip_rbm import vision_tokens
 from training.lib.aligned import AlignedTokens, load_image_layer
 from training.lib.arguments import CaptionerArguments, DataArguments, parse_arguments
-from training.lib.captions import caption_rows, caption_tokens, say_unknown_tokens, unigram_bias
+from training.lib.captions import (
+    caption_rows,
+    caption_tokens,
+    of_the_image,
+    say_unknown_tokens,
+    source_token,
+    unigram_bias,
+)
 from training.lib.checkpoints import peak_memory_mb, record_of_training, refuse_other_output, save_captioner, write_json
 from training.lib.data import fold_of, random_view, split_held_back
 from training.lib.features import load_features
 from training.lib.metrics import CiderD, corpus_diversity
+from training.lib.mixture import DataSource, image_sources, part_of, read_images, read_text_sources
 from training.lib.packed import LengthGrouped, PackedCaptioner, PackedCaptions, collate
-from training.lib.pairs import load_pairs
 from training.lib.stage import run_stage
 
 
@@ -74,9 +82,13 @@ def trained_parts(model, captioner: CaptionerArguments) -> list[torch.nn.Paramet
     if captioner.parts == "refine":
         modules = [layer.shift, *([layer.causes] if layer.cause_tokens else [])]
     elif captioner.parts == "cross_attention":
-        modules = [model.projector, *(block.crossattention for block in model.text_decoder.bert.encoder.layer)]
+        modules = [
+            model.projector,
+            model.class_tokens,
+            *(block.crossattention for block in model.text_decoder.bert.encoder.layer),
+        ]
     else:
-        modules = [model.projector, model.text_decoder]
+        modules = [model.projector, model.class_tokens, model.text_decoder]
     parameters = [p for module in modules if module is not None for p in module.parameters()]
     if captioner.parts == "refine":
         parameters.append(layer.gate)
@@ -88,6 +100,8 @@ def trained_parts(model, captioner: CaptionerArguments) -> list[torch.nn.Paramet
 def train_only(model, parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
     """These parameters, all others of the model frozen."""
     model.requires_grad_(False)
+    head = set() if model.class_tokens is None else set(model.class_tokens.head.parameters())
+    parameters = [parameter for parameter in parameters if parameter not in head]  # of the tower's own training
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
@@ -155,22 +169,23 @@ class CaptionTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         """Rows of about the same length together: a third of the batch would be pads otherwise."""
-        lengths = [sum(map(len, captions)) for captions in self.train_dataset.captions]
         args = self.args
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGrouped(batch_size, lengths, args.seed)
+        return LengthGrouped(batch_size, self.train_dataset, args.seed)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         model = self.ema.module.eval()
-        images, rows, references = self.held_back
+        images, rows, references, parts = self.held_back
         start = time.time()
         with torch.no_grad():
             store = images.plain(model, rows)
         captions = caption_rows(
             model, self.processor, store, rows, rbm_guidance=0.0, rbm_rerank=False, **self.generation
         )
+        scores = 100 * CiderD(references).scores(captions)
         metrics = {
-            f"{metric_key_prefix}_cider": 100 * CiderD(references).scores(captions).mean(),
+            f"{metric_key_prefix}_cider": scores.mean(),
+            **{f"{metric_key_prefix}_cider_{part}": scores[parts == part].mean() for part in np.unique(parts)},
             f"{metric_key_prefix}_vocabulary": corpus_diversity(captions)["vocabulary"],
             f"{metric_key_prefix}_length": corpus_diversity(captions)["mean_length"],
             f"{metric_key_prefix}_seconds": time.time() - start,
@@ -183,6 +198,30 @@ class CaptionTrainer(Trainer):
             save_captioner(plain_model(model), self.processor, Path(self.args.output_dir) / "best")
         if first and self.is_world_process_zero():
             save_captioner(plain_model(model), self.processor, Path(self.args.output_dir) / "first")
+        return metrics
+
+
+class LanguageTrainer(CaptionTrainer):
+    """Of texts alone: what is kept is best by the nats a token of the held-back texts."""
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        model, nats, tokens = self.ema.module.eval(), 0.0, 0
+        smoothing, model.label_smoothing = model.label_smoothing, 0.0
+        whole, model.full_vocabulary = model.full_vocabulary, True
+        for batch in torch.utils.data.DataLoader(self.held_back, self.args.eval_batch_size, collate_fn=collate):
+            counted = int((batch["labels"] != -100).sum())
+            nats += float(model(**batch)["loss"]) * counted
+            tokens += counted
+        model.label_smoothing, model.full_vocabulary = smoothing, whole
+        metrics = {f"{metric_key_prefix}_nats": nats / tokens}
+        best = min(
+            (entry["eval_nats"] for entry in self.state.log_history if "eval_nats" in entry), default=float("inf")
+        )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if metrics[f"{metric_key_prefix}_nats"] < best and self.is_world_process_zero():
+            save_captioner(plain_model(model), self.processor, Path(self.args.output_dir) / "best")
         return metrics
 
 
@@ -248,6 +287,7 @@ def load_captioner(captioner: CaptionerArguments, processor) -> PackedCaptioner:
             module.p = 0.0 if name.endswith("self.dropout") else captioner.dropout
     model.generation_config.max_length = None  # max_new_tokens takes its place
     model.label_smoothing, model.image_token_dropout = captioner.label_smoothing, captioner.image_token_dropout
+    model.dim_images = captioner.dim_images
     model.token_dropout, model.mask_token_id = captioner.token_dropout, processor.tokenizer.mask_token_id
     if captioner.tower_learning_rate:
         model.vision_model.to(memory_format=torch.channels_last)  # convolutions up to 1.8 times as fast
@@ -270,9 +310,11 @@ def refuse_impossible(captioner: CaptionerArguments, args: TrainingArguments):
 
 def load_images(model, processor, data: DataArguments, captioner: CaptionerArguments, args: TrainingArguments):
     """The pairs, and their images as what is trained sees them: pixels if the tower is trained, else what it makes of
-    them."""
+    them. (None, None) if there are texts alone."""
+    if not image_sources(data):
+        return None, None
     if captioner.tower_learning_rate:
-        dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
+        dataset = read_images(data)
         return dataset, Images(dataset, processor.image_processor)
     with args.main_process_first(desc="encode"):
         card_file = Path(args.output_dir) / "pairs.json" if args.process_index == 0 else None
@@ -286,7 +328,8 @@ def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerA
     """The averaged weights as at the end in `last`, and what was measured in captioner.json."""
     output_dir = Path(trainer.args.output_dir)
     save_captioner(plain_model(trainer.ema.module.eval()), trainer.processor, output_dir / "last")
-    history = [entry for entry in trainer.state.log_history if "eval_cider" in entry]
+    measure = "eval_nats" if isinstance(trainer, LanguageTrainer) else "eval_cider"
+    history = [entry for entry in trainer.state.log_history if measure in entry]
     write_json(
         output_dir / "captioner.json",
         {
@@ -298,21 +341,56 @@ def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerA
             **settings,
         },
     )
-    best = max(history, key=lambda entry: entry["eval_cider"])
-    print(f"{output_dir}/best: epoch {best['epoch']:.0f}, held-back CIDEr-D {best['eval_cider']:.1f}")
+    if measure == "eval_nats":
+        best = min(history, key=lambda entry: entry[measure])
+        print(f"{output_dir}/best: epoch {best['epoch']:.0f}, {best[measure]:.3f} nats a token of held-back texts")
+    else:
+        best = max(history, key=lambda entry: entry[measure])
+        print(f"{output_dir}/best: epoch {best['epoch']:.0f}, held-back CIDEr-D {best[measure]:.1f}")
+
+
+class Gathered:
+    """What is trained on, gathered from several data sets."""
+
+    def __init__(self, processor, captioner: CaptionerArguments):
+        self.processor, self.clean, self.at_once = processor, captioner.of_the_image, captioner.captions_at_once
+        self.rows, self.tokens, self.texts, self.weights, self.left_out = [], [], [], [], 0
+
+    def add(self, row: int, captions: list[str], source: DataSource):
+        """The captions of one row of a data set; -1 if it has no image."""
+        kept = of_the_image(captions) if self.clean else captions
+        self.left_out += len(captions) - len(kept)
+        if kept:
+            self.rows.append(row)
+            self.tokens.append(caption_tokens(self.processor, kept, start=source_token(self.processor, source.source)))
+            self.texts.append(kept)
+            self.weights.append(source.weight)
+
+    def packed(self, images) -> PackedCaptions:
+        if self.left_out:
+            print(f"left out {self.left_out:,} captions with digits, dates, addresses or agencies (--of_the_image)")
+        say_unknown_tokens(self.texts, self.processor.tokenizer)
+        return PackedCaptions(images, self.rows, self.tokens, self.texts, self.weights, self.at_once)
 
 
 def training_captions(data: DataArguments, captioner: CaptionerArguments, dataset, images, processor):
-    """The captions to train on, and (images, rows, references) of the held-back ones."""
-    train_rows, held_rows = split_held_back(dataset, data.held_back)
-    if captioner.folds > 1:
-        train_rows = train_rows[fold_of(dataset["image_id"], captioner.folds)[train_rows] != captioner.fold]
-    captions = dataset["captions"][:]
-    say_unknown_tokens(captions, processor.tokenizer)
-    texts = [captions[i] for i in train_rows]
-    tokens = [caption_tokens(processor, of_image) for of_image in texts]
-    held_back = images, held_rows, [captions[i] for i in held_rows]
-    return PackedCaptions(images, train_rows, tokens, texts), held_back
+    """The captions to train on, and (images, rows, references, which data set) of the held-back images; of texts alone,
+    the held-back texts as `PackedCaptions`."""
+    train, held_texts = Gathered(processor, captioner), Gathered(processor, captioner)
+    held_back = None
+    if dataset is not None:
+        train_rows, held_rows = split_held_back(dataset, data.held_back)
+        if captioner.folds > 1:
+            train_rows = train_rows[fold_of(dataset["image_id"], captioner.folds)[train_rows] != captioner.fold]
+        captions, parts, sources = dataset["captions"][:], part_of(dataset), image_sources(data)
+        for row in train_rows:
+            train.add(int(row), captions[row], sources[parts[row]])
+        held_back = images, held_rows, [captions[row] for row in held_rows], parts[held_rows]
+    for source, texts in read_text_sources(data):
+        held = set() if dataset is not None else set(range(0, len(texts), max(2, len(texts) // max(data.held_back, 1))))
+        for number, of_image in enumerate(texts):
+            (held_texts if number in held else train).add(-1, of_image, source)
+    return train.packed(images), held_back or held_texts.packed(None)
 
 
 def train_captioner(
@@ -348,7 +426,8 @@ def train_captioner(
     average = AverageWeights(model, ema, captioner.full_vocabulary_share)
     if last_checkpoint is not None:
         average.resume(last_checkpoint)
-    trainer = (trainer_class or CaptionTrainer)(
+    trainer_class = trainer_class or (LanguageTrainer if dataset is None else CaptionTrainer)
+    trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=train_set,

@@ -34,7 +34,7 @@ from training.lib.checkpoints import refuse_other_output, save_captioner, write_
 from training.lib.data import split_held_back
 from training.lib.features import cache_features
 from training.lib.metrics import CiderD, bleu, corpus_diversity, tokenize
-from training.lib.pairs import load_pairs
+from training.lib.mixture import read_images
 from training.lib.stage import run_stage
 
 
@@ -248,7 +248,7 @@ def main():
         raise ValueError(
             f"--rerank_vocabulary and --guidance_rarity need phrases, which {args.model} has not: run training.fit_phrases first"
         )
-    dataset = load_pairs(data.dataset, data.train_split, data.max_images, **data.columns)
+    dataset = read_images(data)
     train_rows, rows = split_held_back(dataset, data.held_back)
     held_images = dataset.select(rows)
     store = cache_features(model.vision_model, processor.image_processor, held_images, data.cache_dir)

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.generation_blip_rbm import caption_similarity, consensus, word_columns, words_said
-from modeling_blip_rbm.rbm import hidden_input, pointwise_mutual_information
+from modeling_blip_rbm.rbm import pointwise_mutual_information
 from training.lib.arguments import DataArguments, parse_arguments
 from training.lib.captions import caption_tokens, other_tokens
 from training.lib.checkpoints import record_of_training, refuse_other_output, save_captioner, write_json
@@ -158,7 +158,7 @@ class RerankObjective(torch.nn.Module):
         x = rbm.standardise(images[which, torch.randint(images.shape[1], which.shape)])
         x = x * (torch.rand_like(x) >= self.settings.image_dropout).float()
         p = rbm.parameters_fp32
-        probs = self.candidates.scores(p, self.weights, hidden_input(p, x), which).softmax(-1)
+        probs = self.candidates.scores(p, self.weights, rbm.hidden_input(x), which).softmax(-1)
         terms["expected_cider"] = (probs * self.candidates.cider[which]).sum(-1).mean()
         return loss - self.settings.listwise * terms["expected_cider"], terms
 
@@ -167,7 +167,7 @@ class RerankObjective(torch.nn.Module):
 def evaluate(objective, held_candidates, held_back) -> dict[str, float]:
     rbm = objective.own.rbm
     p = rbm.parameters_fp32
-    chosen = held_candidates.chosen(p, objective.weights, hidden_input(p, rbm.standardise(held_back[0])))
+    chosen = held_candidates.chosen(p, objective.weights, rbm(held_back[0]))
     weights = dict(zip(("log_prob", "pmi", "consensus"), objective.weights.tolist()))
     return {"chosen_cider": chosen, "weights": weights} | evaluate_rbm(rbm, *held_back)
 

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
+from modeling_blip_rbm.rbm import token_free_energy
 from modeling_blip_rbm.vision_blip_rbm import pool_tokens, vision_tokens
 from tests.conftest import RBM_SETTINGS, TEXT_CONFIG, VOCABULARY, randomise, tiny_config
 
@@ -132,6 +133,32 @@ def test_pooling():
     torch.testing.assert_close(pooled[:, :11], tokens.mean(1))
     torch.testing.assert_close(pooled[:, 11:], tokens.max(1).values)
     assert tiny_config(rbm_pooling="mean_max").rbm_visible_size == 44
+
+
+def test_rbm_of_tokens(model, pixel_values, tmp_path):
+    """Its hidden input and free energy are those of the tower's tokens; `word_map` says where a word's causes are."""
+    whole = randomise(BlipRBMForConditionalGeneration(tiny_config(rbm_pooling="tokens")))
+    rbm, word_ids = whole.rbm_layer.rbm, whole.config.rbm_word_ids
+    rbm.image_mean.normal_(), rbm.image_std.uniform_(0.5, 2.0)
+    tokens = whole.vision_hidden_states(pixel_values).detach()  # (5, 10, 22): a class token and 3 x 3
+    x, p = (tokens - rbm.image_mean) / rbm.image_std, rbm.parameters_fp32
+    A = p.c + (x * (-p.log_var).exp()) @ p.W
+    a = A.exp().mean(1).log()
+    torch.testing.assert_close(whole.encode_image(pixel_values).hidden_input, a, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.image_free_energy(pixel_values), token_free_energy(p, x), rtol=1e-4, atol=1e-3)
+    found = whole.word_map(pixel_values, word_ids[3:5])
+    assert found.shape == (5, 2, 10)
+    said = torch.sigmoid(a[:, None] + p.U[3:5]) - torch.sigmoid(a)[:, None]
+    torch.testing.assert_close(found.sum(-1), said.sum(-1), rtol=1e-4, atol=1e-4)
+    assert whole.word_map(vision_hidden_states=tokens, words=[]).shape == (5, 0, 10)
+    with pytest.raises(ValueError, match=r"does not know the tokens \[28\]"):
+        whole.word_map(pixel_values, [28])
+    with pytest.raises(ValueError, match="rbm_pooling is 'cls_mean': train one with .*--pooling tokens"):
+        model.word_map(pixel_values, word_ids[:1])
+    whole.save_pretrained(tmp_path)
+    again = BlipRBMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again.word_map(pixel_values, word_ids[3:5]), found)
+    again.generate(pixel_values, rbm_guidance=0.5, rbm_rerank=True, rbm_rerank_pmi=0.1, num_beams=2, max_new_tokens=4)
 
 
 def test_rbm_that_does_not_fit_the_encoder():

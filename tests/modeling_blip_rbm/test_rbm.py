@@ -2,10 +2,12 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from modeling_blip_rbm.rbm import (
+    PARAMETER_NAMES,
     WORD_GAIN_ORDERS,
     GibbsState,
     JointRBM,
@@ -18,8 +20,13 @@ from modeling_blip_rbm.rbm import (
     hidden_input,
     mean_x_given_h,
     pointwise_mutual_information,
+    pooled_input,
     prob_h_given_v,
     prob_w_given_h,
+    sample_places,
+    token_gibbs,
+    token_input,
+    token_word_map,
     word_gains,
 )
 
@@ -238,3 +245,124 @@ def test_impossible_sizes(sizes):
         JointRBM(*sizes)
     with pytest.raises(ValueError, match="'ternary'.*'gaussian' and 'binary'"):
         JointRBM(3, 5, 7, "ternary")
+
+
+# ---------------------------------------------------------------- an image block of tokens
+
+N = 2  # tokens: 3^4 states of z
+
+
+def token_states():
+    """All z in {0, ..., N}^H, and as h (states, N, H)."""
+    z = torch.tensor(list(itertools.product(range(N + 1), repeat=H)))
+    return z, torch.stack([(z == n).float() for n in range(1, N + 1)], 1)
+
+
+def token_energies(p, x, w):
+    """E (states,) of every z with tokens x (N, V) and words w (K,): the equation, term by term."""
+    var = torch.ones(V) if p.log_var is None else p.log_var.exp()
+    visible = -(x @ p.mu).sum() if p.log_var is None else 0.5 * ((x - p.mu) ** 2 / var).sum()
+    when_on = p.c + (x / var) @ p.W + p.U.T @ w - np.log(N)  # (N, H): -E of cause j being on at token n
+    return visible - w @ p.b - (token_states()[1] * when_on).sum((1, 2))
+
+
+@pytest.fixture(params=["gaussian", "binary"])
+def token_params(params, request):
+    return params if request.param == "gaussian" else params._replace(log_var=None)
+
+
+@pytest.fixture
+def token_rbm(token_params):
+    kind = "binary" if token_params.log_var is None else "gaussian"
+    rbm = JointRBM(V, K, H, kind, tokens=True)
+    with torch.no_grad():
+        for field, name in PARAMETER_NAMES.items():
+            if hasattr(rbm, name):
+                getattr(rbm, name).copy_(getattr(token_params, field))
+    return rbm
+
+
+def test_free_energy_of_tokens_sums_over_all_places(token_rbm):
+    p = token_rbm.parameters_fp32
+    x, w = torch.rand(B, N, V), states(K)[5 : 5 + B]
+    expected = torch.stack([-torch.logsumexp(-token_energies(p, x[i], w[i]), 0) for i in range(B)])
+    torch.testing.assert_close(token_rbm.free_energy(x, w), expected)
+    without = torch.stack([-torch.logsumexp(-token_energies(p, x[i], torch.zeros(K)), 0) for i in range(B)])
+    torch.testing.assert_close(token_rbm.free_energy(x), without)
+
+
+def test_causes_and_words_of_tokens(token_rbm):
+    p = token_rbm.parameters_fp32
+    x, z = torch.rand(B, N, V), token_states()[0]
+    for w in (torch.zeros(K), states(K)[13]):
+        prob = torch.stack([torch.softmax(-token_energies(p, row, w), 0) for row in x])
+        on = prob @ (z > 0).float()
+        torch.testing.assert_close(torch.sigmoid(token_rbm.hidden_input(x, w)), on)
+    a = token_rbm.hidden_input(x)
+    one_word = torch.eye(K)
+    free = lambda row, w: -torch.logsumexp(-token_energies(p, row, w), 0)
+    log_odds = torch.stack([torch.stack([free(row, 0 * w) - free(row, w) for w in one_word]) for row in x])
+    torch.testing.assert_close(p.b + word_gains(p, a), log_odds, rtol=1e-4, atol=1e-5)
+    blank = torch.zeros(1, N, V)
+    pmi = [
+        free(row, 0 * w) - free(row, w) - free(blank[0], 0 * w) + free(blank[0], w) for row, w in zip(x, states(K)[9:])
+    ]
+    got = pointwise_mutual_information(p, a, states(K)[9 : 9 + B])
+    torch.testing.assert_close(got, torch.stack(pmi)[: len(got)], rtol=1e-4, atol=1e-5)
+
+
+def test_equal_tokens_are_one_pooled_image(token_rbm):
+    x = torch.rand(B, V)
+    p = token_rbm.parameters_fp32
+    torch.testing.assert_close(token_rbm.hidden_input(x[:, None].expand(B, 5, V)), hidden_input(p, x))
+
+
+def test_sampled_places_have_their_probabilities(params):
+    x, w = torch.randn(N, V), states(K)[11]
+    h, n = token_states()[1], 20000
+    prob = torch.softmax(-token_energies(params, x, w), 0)
+    A = token_input(params, x.expand(n, N, V))
+    samples = sample_places(A, w @ params.U, torch.Generator().manual_seed(5))
+    assert samples.sum(-2).max() == 1  # at one token at most
+    joint = torch.einsum("snj,smi->njmi", h * prob[:, None, None], h)  # of two causes at once: they are independent
+    got = torch.einsum("snj,smi->njmi", samples, samples) / n
+    torch.testing.assert_close(got, joint, rtol=0, atol=0.015)
+
+
+def test_gibbs_on_tokens_has_the_conditional_means(params):
+    """Word chains with clamped tokens reach P(w | x); tokens given z have the mean and variance of the equation."""
+    x, n = torch.randn(N, V), 5000
+    p = params._replace(W=0.5 * params.W)
+    free = torch.stack([-torch.logsumexp(-token_energies(p, x, w), 0) for w in states(K)])
+    expected = torch.softmax(-free, 0) @ states(K)
+    g = torch.Generator().manual_seed(7)
+    start = torch.randint(2, (n, K), generator=g).float()
+    same, w = token_gibbs(p, x.expand(n, N, V), start, 30, clamp=("x",), generator=g)
+    assert torch.equal(same, x.expand(n, N, V))
+    torch.testing.assert_close(w.mean(0), expected, rtol=0, atol=0.03)
+    one = p._replace(c=torch.full((H,), 50.0))  # every cause is on, by its input at one of the tokens
+    moved, kept = token_gibbs(one, x.expand(n, N, V), start, 1, clamp=("w",), generator=g)
+    place = token_input(one, x).softmax(-2)  # (N, H)
+    torch.testing.assert_close(moved.mean(0), p.mu + place @ p.W.T, rtol=0, atol=0.08)
+    assert torch.equal(kept, start)
+
+
+def test_word_map_is_the_gradient_of_the_log_odds(token_params):
+    A, step = torch.randn(3, 5, H), 1e-2  # of 3 images with 5 tokens
+    rows = [4, 1]
+    p = RBMParameters(*(None if t is None else t.double() for t in token_params))
+    A = A.double()
+    found = token_word_map(p, A, p.U[rows])
+    assert found.shape == (3, 2, 5) and (found < 0).any() and (found > 0).any()
+    log_odds = lambda A: word_gains(p, pooled_input(A))[:, rows]
+    for n in range(5):
+        moved = [log_odds(A + sign * step * torch.eye(5)[n][:, None]) for sign in (1, -1)]
+        torch.testing.assert_close(found[:, :, n], (moved[0] - moved[1]) / (2 * step), rtol=1e-3, atol=1e-6)
+
+
+def test_statistics_of_tokens_are_of_channels():
+    rbm, tokens = JointRBM(V, K, H, tokens=True), 3 * torch.randn(B, N, V) + 2
+    rbm.set_image_statistics(tokens.split(3))
+    x = rbm.standardise(tokens)
+    torch.testing.assert_close(x.mean((0, 1)), torch.zeros(V), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x.std((0, 1), correction=0), torch.ones(V))

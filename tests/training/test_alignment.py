@@ -25,6 +25,7 @@ from training.align import AlignmentData, embed
 from training.capfilt import shuffled
 from training.lib.aligned import AlignedTokens, Projection, load_image_layer
 from training.lib.contrastive import info_nce, info_nce_in_pieces, sigmoid_in_pieces, sigmoid_loss
+from training.lib.data import split_held_back
 from training.lib.encoders import LayersOfTower, VisionEncoder
 from training.lib.pairs import load_pairs
 from training.lib.retrieval import recalls, without_hubs
@@ -464,12 +465,20 @@ def test_capfilt(saved_model, pairs, tmp_path, few_captions):
     # a quarter of the exchanged captions are of the same colour, and so not wrong
     assert report["auc_of_wrong_captions"] > 0.6 and report["share_right_after"] > report["share_right_before"]
     kept, before = (load_pairs(str(tmp_path / name), "train") for name in ("noisy", "noisy-noisy"))  # as a stage does
-    assert len(kept) == report["images_kept"] and len(before) == 18
-    assert sum(map(len, kept["captions"])) == report["kept"] < report["captions"] == 54
-    assert sum(map(len, before["captions"])) == 54
+    # and the 6 held-back images with 3 captions each, as they were: the next stage holds them back again
+    assert len(kept) == report["images_kept"] + 6 and len(before) == 24
+    assert sum(map(len, kept["captions"])) - 18 == report["kept"] < report["captions"] == 54
+    assert sum(map(len, before["captions"])) == 72
+    held = [{data["image_id"][i] for i in split_held_back(data, 6)[1]} for data in (kept, before)]
+    assert held[0] == held[1]
     in_process("capfilt", *command, "--output_dir", "filtered", "--synthetic", True, "--least", 0.4, cwd=tmp_path)
     head = json.loads((saved_model / "config.json").read_text())["rbm_match"]
     assert head == json.loads((tmp_path / "filtered" / "capfilt.json").read_text())["matching_head"]
+    cross_fitted = [*command, "--cross_fit", True, "--epochs", 20, "--batch_size", 6, "--output_dir", "cross"]
+    with mock.patch("training.capfilt.rbm_of_noisy_pairs", wraps=capfilt.rbm_of_noisy_pairs) as train:
+        in_process("capfilt", *cross_fitted, cwd=tmp_path)
+    halves = [set(call.args[3].tolist()) for call in train.call_args_list]
+    assert len(halves) == 2 and not halves[0] & halves[1] and len(halves[0] | halves[1]) == 18
 
 
 def test_a_captioner_on_the_first_layers_of_a_tower(towers, tmp_path):

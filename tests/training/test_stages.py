@@ -115,6 +115,21 @@ def test_rbm_learns_the_colours(work, data, pairs):
     assert knows["per_word_ap"] > knows["per_word_ap_chance"] + 0.2 and (work / "knows.png").exists()
 
 
+def test_an_rbm_of_tokens_in_every_stage(work, data, pairs):
+    rbm = ["--model", "captioner/best", *data, "--output_dir", "of-tokens", "--num_words", 9, "--hidden_size", 7]
+    rbm += ["--pooling", "tokens", "--batch_size", 5, "--eval_every", 5, "--epochs", 10, "--cd", 0.001]
+    in_process("train_rbm", *rbm, cwd=work)
+    phrases = ["--model", "of-tokens/best", *data, "--output_dir", "of-tokens-phrases", "--min_images", 3]
+    in_process("fit_phrases", *phrases, cwd=work)
+    knows = ["--model", "of-tokens-phrases/best", "--dataset", pairs, "--output", "of-tokens.json", *data[-2:]]
+    in_process("evaluate_rbm", *knows, "--queries", *list(COLOURS)[:2], cwd=work)
+    knows = json.loads((work / "of-tokens.json").read_text())
+    assert knows["per_word_ap"] > knows["per_word_ap_chance"] + 0.2
+    kept = ["--model", "of-tokens-phrases/best", *data, "--output_dir", "kept-by-tokens", "--least", 0.01]
+    in_process("capfilt", *kept, cwd=work)
+    assert json.loads((work / "kept-by-tokens" / "capfilt.json").read_text())["auc_against_hard_negatives"] > 0
+
+
 @pytest.mark.parametrize("parts", ["refine", "lora"])
 def test_a_part_is_trained_alone(work, data, parts):
     refine = ["--model", "rbm/best", *data, "--output_dir", parts, "--parts", parts, "--cause_tokens", 2, *CAPTIONER]

@@ -1,5 +1,8 @@
 """The stages from end to end, on drawn images with a tiny tower and a tiny BERT; and what must hold in each."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +11,9 @@ from transformers import Dinov2Config, Dinov2Model, Seq2SeqTrainingArguments, Tr
 
 from experiments.minimum_risk.train_minimum_risk import MinimumRiskTrainer
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
-from modeling_blip_rbm.rbm import hidden_input
+from modeling_blip_rbm.rbm import JointRBM, hidden_input
 from modeling_blip_rbm.vision_blip_rbm import vision_tokens
-from tests.conftest import VOCABULARY, random_image, tiny_tokenizer
+from tests.conftest import VOCABULARY, WORD_IDS, random_image, tiny_tokenizer
 from tests.stages import in_process, process
 from training import tune_decoding
 from training.average_captioners import average
@@ -21,9 +24,17 @@ from training.lib.distributed import new_accelerator
 from training.lib.metrics import CiderD
 from training.lib.packed import PackedCaptioner, PackedCaptions, collate, packed, packed_mask
 from training.lib.pairs import load_pairs
-from training.lib.rbm_evaluation import average_precision
-from training.lib.rbm_objective import PooledPairs, RBMArguments, RBMObjective, match_loss, sparsity_loss, words_loss
-from training.lib.rbm_training import evaluations_since_best
+from training.lib.rbm_evaluation import average_precision, image_inputs
+from training.lib.rbm_objective import (
+    PooledPairs,
+    RBMArguments,
+    RBMObjective,
+    match_loss,
+    sparsity_loss,
+    token_cd_loss,
+    words_loss,
+)
+from training.lib.rbm_training import evaluations_since_best, in_pieces, prepared, with_new_rbm
 from training.lib.rbm_training import train as train_rbm
 from training.lib.trainer import CaptionCollator, CaptionSeq2SeqTrainer, caption_metrics
 from training.shrink_vocabulary import kept_tokens, shrink_captioner, shrink_tokenizer
@@ -261,6 +272,70 @@ def test_persistent_chains_go_on(model):
     assert "chain_x" in objective.state_dict()  # saved, so that a stopped run goes on with them
     with pytest.raises(ValueError, match="exclude each other"):
         RBMObjective(rbm, RBMArguments("x", "x", cd=1.0, cd_persistent=True, cd_clamp_image=True))
+
+
+def test_contrastive_divergence_of_tokens_is_the_likelihoods_gradient():
+    """Many chains, long enough to forget the data, against the partition sum over all tokens and words."""
+    torch.manual_seed(0)
+    rbm = JointRBM(3, 2, 4, "binary", tokens=True)
+    rbm.reset_parameters(std=0.7)
+    all_states = lambda n: torch.tensor(list(itertools.product([0.0, 1.0], repeat=n)))
+    images, words = all_states(6).view(64, 2, 3), all_states(2)
+    x, w = images[[5, 38, 63]], words[[2, 1, 1]]
+    pairs = images.repeat_interleave(4, 0), words.repeat(64, 1)
+    exact = rbm.free_energy(x, w).mean() + torch.logsumexp(-rbm.free_energy(*pairs), 0)  # -log P(x, w)
+    of_words = rbm.free_energy(x, w) + torch.logsumexp(
+        -torch.stack([rbm.free_energy(x, said.expand(3, 2)) for said in words]), 0
+    )  # -log P(w | x)
+    for clamped, loss in ((False, exact), (True, of_words.mean())):
+        expected = torch.autograd.grad(loss, list(rbm.parameters()), allow_unused=True, retain_graph=True)
+        many = x.repeat(5000, 1, 1), w.repeat(5000, 1)
+        estimate = token_cd_loss(rbm.parameters_fp32, *many, steps=25, clamp_image=clamped)
+        got = torch.autograd.grad(estimate, list(rbm.parameters()), allow_unused=True)
+        for (name, _), a, b in zip(rbm.named_parameters(), got, expected):
+            if a is not None and b is not None:
+                torch.testing.assert_close(a, b, rtol=0, atol=0.02, msg=f"{name}, image clamped: {clamped}")
+        assert max(b.abs().max() for b in expected if b is not None) > 0.1
+
+
+def test_rbm_of_tokens_learns_words_and_where_they_are(model, tmp_path):
+    """One token of an image, anywhere, has the pattern of its word; the others are noise. The map finds it."""
+    torch.manual_seed(0)
+    images, tokens, word_ids = 150, 7, WORD_IDS[:3]
+    word, place = torch.randint(3, (images,)), torch.randint(tokens, (images, 2))  # of each of two views
+    features, patterns = torch.randn(images, 2, tokens, 22), torch.randn(3, 22).sign()
+    for view in range(2):
+        features[torch.arange(images), view, place[:, view]] += 3 * patterns[word]
+    store = Pooled(features)
+    words = CaptionWords([[[word_ids[k]]] for k in word.tolist()], word_ids, 29)
+    rows = np.arange(100)
+    settings = RBMArguments(
+        "x", str(tmp_path), hidden_size=13, pooling="tokens", epochs=30, batch_size=25, learning_rate=0.03, cd=0.01,
+        eval_every=30,
+    )  # fmt: skip
+    fresh = with_new_rbm(model, word_ids, settings, in_pieces(store, rows, 40), words.share(rows))
+    assert fresh.config.rbm_pooling == "tokens" and fresh.config.rbm_visible_size == 22
+    held_back = (features[100:, 0], [words[i] for i in range(100, images)])
+    [entry] = train_rbm(new_accelerator(0), fresh, PooledPairs(store, rows, words), held_back, settings)
+    assert entry["word_ap"] > 0.9 and np.isfinite([entry["cd"], entry["free_energy_gap"]]).all()
+    maps = fresh.word_map(vision_hidden_states=features[100:, 0], words=word_ids)
+    found = maps[torch.arange(50), word[100:]].argmax(-1) == place[100:, 0]
+    assert found.float().mean() > 0.9
+    for change in ({"ais_every": 1}, {"cd_persistent": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))}.*pooled images alone: leave it out"):
+            prepared(
+                new_accelerator(0),
+                RBMObjective(fresh.rbm_layer.rbm, replace(settings, **change)),
+                None,
+                replace(settings, **change),
+            )
+
+
+def test_hidden_inputs_a_few_rows_at_a_time():
+    rbm, features = JointRBM(11, 3, 5, tokens=True), torch.randn(7, 2, 3, 11)
+    with torch.no_grad():
+        torch.testing.assert_close(image_inputs(rbm, Pooled(features), range(1, 7), 1, size=4), rbm(features[1:, 1]))
+    assert image_inputs(rbm, Pooled(features), []).shape == (0, 5)
 
 
 def test_a_captioner_that_is_never_evaluated_is_refused(tmp_path):

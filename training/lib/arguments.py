@@ -10,6 +10,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
+from training.lib.mixture import DataSource, parse_source
+
 
 def bf16_is_fast() -> bool:
     """Whether products in bf16 are faster than in fp32 here, by what the processor has: the same answer in every
@@ -48,10 +50,20 @@ class SourceArguments:
 
 @dataclass
 class DataArguments(SourceArguments):
+    dataset: list[str] = field(
+        metadata={
+            "nargs": "+",
+            "help": "Hub ids, folders, or data files (training/lib/readers.py), each with ,weight= ,source= ,text= or ,without= behind "
+            "it if need be (training/lib/mixture.py)",
+        }
+    )
     train_split: str = field(default="train", metadata={"help": "split to train on, and to hold back from"})
     max_images: Optional[int] = field(default=None, metadata={"help": "use only the first so many images"})
     held_back: int = field(
-        default=400, metadata={"help": "training images kept out of training, on which everything is tuned"}
+        default=400,
+        metadata={
+            "help": "training images kept out of training, on which everything is tuned: as many of each data set"
+        },
     )
     views: int = field(default=4, metadata={"help": "cached views an image: 1 plain, 2 mirrored, more: random crops"})
     cache_dir: str = field(default="runs/features", metadata={"help": "where outputs of the vision tower are kept"})
@@ -65,6 +77,10 @@ class DataArguments(SourceArguments):
         default=False,
         metadata={"help": "read the data once, keep features and captions only: for data larger than the disk"},
     )
+
+    @property
+    def sources(self) -> list[DataSource]:
+        return [parse_source(entry) for entry in ([self.dataset] if isinstance(self.dataset, str) else self.dataset)]
 
 
 @dataclass(kw_only=True)
@@ -105,8 +121,22 @@ class CaptionerArguments:
     )
     lora_rank: int = field(default=16, metadata={"help": "rank of the changes with --parts lora"})
     cause_tokens: int = field(default=4, metadata={"help": "m, of refine"})
+    of_the_image: bool = field(
+        default=False,
+        metadata={"help": "leave out training captions with digits, dates, addresses or agencies, as the web's have"},
+    )
+    captions_at_once: int = field(
+        default=0,
+        metadata={"help": "of an image with more captions a step takes so many, drawn anew: shorter epochs; 0: all"},
+    )
     dropout: float = field(default=0.1, metadata={"help": "in the decoder"})
     image_token_dropout: float = field(default=0.0, metadata={"help": "share of image tokens hidden in a step"})
+    dim_images: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the images of which a step sees a tenth of the tokens, so that class tokens are read"
+        },
+    )
     token_dropout: float = field(
         default=0.0,
         metadata={"help": "share of the words so far that the decoder sees as [MASK], so that it looks at the image"},

@@ -1,7 +1,8 @@
 """Captions as token ids, and what a captioner writes of cached images."""
 
+import re
 import sys
-from typing import Sequence
+from typing import Optional, Sequence
 
 import numpy as np
 import torch
@@ -13,11 +14,48 @@ from modeling_blip_rbm.generation_blip_rbm import rerank_scores
 from training.lib.pairs import unknown_token_message
 
 
-def caption_tokens(processor, captions: list[str], max_length: int = 40) -> list[list[int]]:
-    """Token ids [DEC] w1 ... wn [SEP] of captions, without the final full stop that only some of them have."""
+def caption_tokens(
+    processor, captions: list[str], max_length: int = 40, start: Optional[int] = None
+) -> list[list[int]]:
+    """Token ids [DEC] w1 ... wn [SEP] of captions, without the final full stop that only some of them have.
+
+    Args:
+        start: a token in the place of [DEC], see `source_token`.
+    """
     texts = [" ".join(caption.strip().rstrip(".").split()) for caption in captions]
     # the processor's own tokenizer, which warns of unknown words in every call, where a stage does so once
-    return processor.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    tokens = processor.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
+    return tokens if start is None else [[start, *ids[1:]] for ids in tokens]
+
+
+def source_token(processor, source: Optional[str]) -> Optional[int]:
+    """The token `[SOURCE]` with which captions of a source begin (`training/lib/mixture.py`); None without a source.
+
+    Raises:
+        ValueError: if the tokenizer has no such token.
+    """
+    if source is None:
+        return None
+    token = processor.tokenizer.get_added_vocab().get(f"[{source}]")
+    if token is None:
+        raise ValueError(
+            f"source={source}: the tokenizer has no token [{source}]: build the captioner with --sources {source}"
+        )
+    return token
+
+
+# What a caption must not hold if a captioner shall not learn to say it: of the web's captions, names of months and
+# days, agencies, addresses; digits of any.
+NOT_OF_THE_IMAGE = re.compile(
+    r"\d|https?:|www\.|@|©|\b(?:january|february|april|june|july|august|september|october|november|december|"
+    r"monday|tuesday|wednesday|thursday|friday|saturday|sunday|copyright|getty|reuters|shutterstock|stock|photo by|courtesy)\b",
+    re.IGNORECASE,
+)
+
+
+def of_the_image(captions: list[str]) -> list[str]:
+    """The captions without digits, dates, addresses and agencies, which nobody can see in a photograph."""
+    return [caption for caption in captions if not NOT_OF_THE_IMAGE.search(caption)]
 
 
 def say_unknown_tokens(captions, tokenizer):

@@ -13,6 +13,7 @@ from datasets import Dataset, Image
 from PIL import ImageEnhance, ImageOps
 
 from modeling_blip_rbm.generation_blip_rbm import word_columns
+from training.lib.mixture import part_of
 
 
 # How one cached training view differs from the plain image. View 0 is the plain image, view 1 its mirror image, and
@@ -30,12 +31,22 @@ def split_held_back(dataset: Dataset, held_back: int, seed: int = 0) -> tuple[np
     """Row numbers (train, held back): images of the *training* split on which everything is tuned.
 
     An image is held back by the hash of its id, so that the same images are held back in every stage, in whatever
-    order or subset the data are read: nothing that one stage tunes on was trained on by another.
+    order or subset the data are read: nothing that one stage tunes on was trained on by another. Of several data sets
+    (`training/lib/mixture.py`) as many are held back of each.
     """
     if not 0 <= held_back < len(dataset):
         raise ValueError(f"held_back is {held_back}, but must be at least 0 and less than the {len(dataset)} images")
     order = np.argsort(_hashes(dataset["image_id"], seed, slice(0, 8)), kind="stable")
-    return np.sort(order[held_back:]), np.sort(order[:held_back])
+    parts = part_of(dataset)[order]
+    held = np.zeros(len(order), bool)
+    names, counts = np.unique(parts, return_counts=True)
+    for name, count in zip(names, counts):
+        if held_back // len(names) >= count:
+            raise ValueError(
+                f"held_back is {held_back}, {held_back // len(names)} of each data set, but number {name + 1} has {count} images"
+            )
+        held[np.flatnonzero(parts == name)[: held_back // len(names)]] = True
+    return np.sort(order[~held]), np.sort(order[held])
 
 
 def fold_of(image_ids: Iterable[str], folds: int, seed: int = 0) -> np.ndarray:

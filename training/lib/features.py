@@ -11,6 +11,7 @@ again, the others are not.
 """
 
 import argparse
+import copy
 import errno
 import hashlib
 import json
@@ -31,6 +32,7 @@ from modeling_blip_rbm.vision_blip_rbm import pool_tokens
 from training.lib.arguments import bf16_is_fast
 from training.lib.checkpoints import checksum, whole_file, write_json
 from training.lib.data import image_view, images_fingerprint
+from training.lib.mixture import DataSource, image_sources, join_parts, without_excluded
 from training.lib.pairs import PairStream, load_pairs, read_pairs
 
 
@@ -57,6 +59,14 @@ class FeatureStore(torch.utils.data.Dataset):
         self.index = index or read_index(self.folder)
         self.shards = [np.load(self.folder / shard["file"], mmap_mode="r") for shard in self.index["shards"]]
         self.starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
+
+    @classmethod
+    def joined(cls, stores: list["FeatureStore"]) -> "FeatureStore":
+        """The rows of several stores, one store after the other."""
+        joined = copy.copy(stores[0])
+        joined.shards = [shard for store in stores for shard in store.shards]
+        joined.starts = np.cumsum([0, *(len(shard) for shard in joined.shards)])
+        return joined
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -104,7 +114,7 @@ def cache_features(
     Args:
         dtype: in which the tower computes: "float32", "bfloat16" (autocast), or "auto": that of what is cached already,
             else whichever is faster on this processor. Features are kept in fp16 either way.
-        pooling: keep `pool_tokens` of each view only, which is all that an RBM needs.
+        pooling: keep `pool_tokens` of each view only, which is all that an RBM needs. None, "tokens": keep the tokens.
 
     Raises:
         OSError: if the disk is too small, with what is needed and what is free. What was encoded stays.
@@ -118,7 +128,7 @@ def cache_features(
         "images": dataset.fingerprint if isinstance(dataset, PairStream) else images_fingerprint(dataset),
         "views": views,
         "seed": seed,
-        "pooling": pooling,
+        "pooling": None if pooling == "tokens" else pooling,
     }
     settings["dtype"] = automatic_dtype(cache_dir, settings) if dtype == "auto" else dtype
     writer = FeatureWriter(cache_dir, settings)
@@ -321,33 +331,53 @@ def load_features(
     """The pairs (`captions`, `image_id`) that the arguments of a stage name, and the features of their images.
 
     Args:
-        data: `DataArguments`; with `streaming` no image is ever kept, so that the data may be larger than the disk.
+        data: `DataArguments`; with `streaming` no image is ever kept, so that the data may be larger than the disk. Of
+            several data sets the rows follow one another, see `training/lib/mixture.py`.
         card_file: where the card of what was read and dropped is saved, as JSON; it is printed in any case.
         settings: of `cache_features`.
     """
     settings = {"cache_dir": data.cache_dir, "views": data.views, "dtype": data.encode_dtype} | settings
     split = split or data.train_split
-    if not data.streaming:
-        dataset, card = read_pairs(data.dataset, split, **data.columns)
-        print(card)
-        if card_file is not None:
-            write_json(card_file, asdict(card))
-        if data.max_images is not None:
-            dataset = dataset.select(range(min(data.max_images, len(dataset))))
-        return dataset, cache_features(tower, image_processor, dataset, **settings)
-    stream = PairStream(data.dataset, split, data.max_images, **data.columns)
-    store = cache_features(tower, image_processor, stream, **settings)
-    pairs, dropped = store.captions(), store.index["dropped"]
-    print(
-        f"{stream}: {len(pairs):,} images, {sum(map(len, pairs['captions'])):,} captions; dropped {dropped or 'none'}"
-    )
+    sources = image_sources(data)
+    if not sources:
+        raise ValueError("--dataset names texts alone, but this stage needs images")
+    parts, stores, cards = [], [], []
+    for source in sources:
+        part, card = (streamed if data.streaming else loaded)(source, data, split)
+        stores.append(cache_features(tower, image_processor, part, **settings))
+        if data.streaming:
+            part, dropped = stores[-1].captions(), stores[-1].index["dropped"]
+            card |= {"images": len(part), "dropped": dropped}
+            print(
+                f"{source.path} ({split}, streamed): {len(part):,} images, {sum(map(len, part['captions'])):,} captions; "
+                f"dropped {dropped or 'none'}"
+            )
+        parts.append(part)
+        cards.append(card)
     if card_file is not None:
-        write_json(card_file, {"source": stream.path, "split": split, "images": len(pairs), "dropped": dropped})
-    return pairs, store
+        write_json(card_file, cards[0] if len(cards) == 1 else cards)
+    return join_parts(parts), stores[0] if len(stores) == 1 else FeatureStore.joined(stores)
+
+
+def loaded(source: DataSource, data, split: str) -> tuple[Dataset, dict]:
+    """The pairs of one data set, and the card of what was read and dropped."""
+    dataset, card = read_pairs(source.path, split, **data.columns)
+    print(card)
+    dataset = without_excluded(dataset, source)
+    if data.max_images is not None:
+        dataset = dataset.select(range(min(data.max_images, len(dataset))))
+    return dataset, asdict(card)
+
+
+def streamed(source: DataSource, data, split: str) -> tuple[PairStream, dict]:
+    if source.without is not None:
+        raise ValueError(f"--dataset {source.path}: a stream takes no `without`: leave --streaming out")
+    stream = PairStream(source.path, split, data.max_images, **data.columns)
+    return stream, {"source": stream.path, "split": split}
 
 
 def main():
-    from transformers import AutoImageProcessor, AutoModel
+    from training.lib.encoders import load_image_processor, load_vision_model  # which imports this file
 
     parser = argparse.ArgumentParser(description="Cache the outputs of a frozen vision tower.")
     parser.add_argument("--vision", required=True, help="folder or Hub id of a vision model")
@@ -359,8 +389,7 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "auto"), default="float32")
     parser.add_argument("--pooling", choices=("mean", "cls_mean", "mean_max"), help="keep the pooled image only")
     args = parser.parse_args()
-    tower = AutoModel.from_pretrained(args.vision, dtype=torch.float32)
-    processor = AutoImageProcessor.from_pretrained(args.vision)
+    tower, processor = load_vision_model(args.vision), load_image_processor(args.vision)
     dataset = load_pairs(args.dataset, args.split)
     settings = {"dtype": args.dtype, "pooling": args.pooling}
     store = cache_features(tower, processor, dataset, args.cache_dir, args.views, args.batch_size, **settings)

@@ -2,9 +2,9 @@
 
 from typing import Optional
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
 
@@ -22,6 +22,7 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
     full_vocabulary = False
     label_smoothing = 0.0
     image_token_dropout = 0.0
+    dim_images = 0.0
     token_dropout = 0.0
     mask_token_id = None
 
@@ -57,16 +58,15 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
                 labels=labels,
                 **kwargs,
             )
-        image_embeds = self.encode_image(pixel_values, vision_hidden_states).image_embeds
-        image_mask = None
+        image_embeds, image_mask = self.embeds_of(pixel_values, vision_hidden_states, labels), None
         if self.training and self.token_dropout:
             hidden_words = (torch.rand(input_ids.shape) < self.token_dropout) & (position_ids > 0)
             input_ids = input_ids.masked_fill(hidden_words, self.mask_token_id)
-        if self.training and self.image_token_dropout:
-            image_mask = (torch.rand(image_embeds.shape[:2]) >= self.image_token_dropout).long()
+        if self.training and image_embeds is not None:
+            image_mask = self.seen_tokens(*image_embeds.shape[:2])
         hidden = self.text_decoder.bert(
             input_ids,
-            attention_mask=packed_mask(segments, image_embeds.dtype),
+            attention_mask=packed_mask(segments, self.dtype),
             position_ids=position_ids,
             encoder_hidden_states=image_embeds,
             encoder_attention_mask=image_mask,
@@ -88,6 +88,36 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
             losses = losses * weights[counted]
         return {"loss": losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)}
 
+    def embeds_of(self, pixel_values, vision_hidden_states, labels) -> Optional[torch.Tensor]:
+        """What the decoder attends to; of texts alone None, for which BLIP's decoder leaves out its cross-attention, or
+        what `imagined` gives."""
+        if pixel_values is not None or vision_hidden_states is not None:
+            return self.encode_image(pixel_values, vision_hidden_states).image_embeds
+        return None if self.class_tokens is None else self.imagined(labels)
+
+    def seen_tokens(self, rows: int, tokens: int) -> Optional[torch.Tensor]:
+        """(rows, tokens) which image tokens the decoder sees in this step, by `image_token_dropout`; of a share `dim_images` of the images
+        a tenth, but all class tokens, so that it learns to read those."""
+        if not self.image_token_dropout and not self.dim_images:
+            return None
+        dropped = torch.full((rows, 1), self.image_token_dropout)
+        dropped[torch.rand(rows) < self.dim_images] = 0.9
+        seen = torch.rand(rows, tokens) >= dropped
+        if self.class_tokens is not None:
+            seen[:, -self.class_tokens.k :] = True
+        return seen.long()
+
+    def imagined(self, labels: torch.Tensor) -> torch.Tensor:
+        """(B, k, D): the class tokens of an image that the captions (B, T) without one may have had. Of the classes' words that are in the
+        captions most are seen, more or less surely, and others besides, as a classifier errs. So the decoder learns from texts alone to
+        speak of what it is told (Fei et al., ViECap, ICCV 2023, arXiv 2307.16525)."""
+        words = self.class_tokens.word_ids
+        said = torch.stack([torch.isin(words, row) for row in labels])
+        chance = torch.rand(said.shape, device=said.device)
+        seen = said & (torch.rand(said.shape, device=said.device) < 0.7)
+        sure = torch.where(seen, -3 * chance**2, -3 - 6 * chance).masked_fill(words < 0, -9.0)
+        return self.class_tokens.of_words(sure, self.text_decoder.get_input_embeddings().weight)
+
 
 def packed_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(B, 1, T, T) to add to attention scores: a token sees itself and what precedes it in its segment (B, T)."""
@@ -98,23 +128,40 @@ def packed_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class PackedCaptions(torch.utils.data.Dataset):
-    """An image in a random view, and its captions packed in one row.
+    """An image in a random view, and its captions packed in one row; or captions without an image.
 
     Args:
         images: has `training_view(row)`, a dict of what the model takes for the image.
-        rows: numbers of the images.
+        rows: numbers of the images; -1 for texts alone.
         captions: of each row, the token ids of its captions.
         texts: of each row, its captions as they were written, for a loss that scores against them.
+        weights: how often each row comes in an epoch (`training/lib/mixture.py`); default: once.
+        at_once: of a row with more captions so many are drawn, anew at every call; 0: all.
     """
 
-    def __init__(self, images, rows, captions: list[list[list[int]]], texts: Optional[list[list[str]]] = None):
-        self.images, self.rows, self.captions, self.texts = images, rows, captions, texts
+    def __init__(
+        self,
+        images,
+        rows,
+        captions: list[list[list[int]]],
+        texts: Optional[list[list[str]]] = None,
+        weights: Optional[np.ndarray] = None,
+        at_once: int = 0,
+    ):
+        self.at_once = at_once
+        self.images, self.rows, self.captions, self.texts = images, np.asarray(rows), captions, texts
+        self.weights = np.ones(len(self.rows)) if weights is None else np.asarray(weights, float)
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return {"index": index, **self.images.training_view(int(self.rows[index])), **packed(self.captions[index])}
+        row = int(self.rows[index])
+        view = self.images.training_view(row) if row >= 0 else {}
+        captions = self.captions[index]
+        if 0 < self.at_once < len(captions):
+            captions = [captions[i] for i in torch.randperm(len(captions))[: self.at_once].sort().values]
+        return {"index": index, **view, **packed(captions)}
 
 
 def packed(captions: list[list[int]]) -> dict[str, list[int]]:
@@ -127,6 +174,7 @@ def packed(captions: list[list[int]]) -> dict[str, list[int]]:
     }
 
 
+GROUP = 50  # batches among which rows are sorted by length
 PADS = {"input_ids": 0, "labels": -100, "position_ids": 0, "segments": -1, "weights": 0.0}
 
 
@@ -141,22 +189,58 @@ def pad_rows(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def collate(items):
-    image = "pixel_values" if "pixel_values" in items[0] else "vision_hidden_states"
+    """A batch of rows of one kind: all with images, or all without (`LengthGrouped` sees to it)."""
+    image = next((name for name in ("pixel_values", "vision_hidden_states") if name in items[0]), None)
     return {
         "index": torch.tensor([item["index"] for item in items]),
-        image: torch.stack([item[image] for item in items]),
+        **({image: torch.stack([item[image] for item in items])} if image else {}),
         **pad_rows(items),
     }
 
 
-class LengthGrouped(LengthGroupedSampler):
-    """Rows of about the same length together, in an order that seed and epoch alone decide: the same in every process,
-    and after a stop."""
+class LengthGrouped(torch.utils.data.Sampler):
+    """The rows of an epoch, those of about the same length in one batch, and with or without image in one; in an order
+    that seed and epoch alone decide: the same in every process, and after a stop.
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths)
-        self.seed = seed
+    A row of weight 2.3 comes twice in an epoch, and in three of ten epochs a third time. Batches of texts are whole
+    ones, so that a batch never has both kinds.
+    """
+
+    def __init__(self, batch_size: int, data: PackedCaptions, seed: int):
+        self.batch_size, self.data, self.seed = batch_size, data, seed
+        self.lengths = [sum(map(len, captions)) for captions in data.captions]
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int):
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+        self.epoch = epoch
+
+    def rows_of_epoch(self, rng) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows come, with an image and without."""
+        chosen = []
+        for weight in np.unique(self.data.weights):
+            rows = np.flatnonzero(self.data.weights == weight)
+            for kind in (rows[self.data.rows[rows] >= 0], rows[self.data.rows[rows] < 0]):
+                share = round((weight - int(weight)) * len(kind))
+                chosen.append(np.concatenate([np.repeat(kind, int(weight)), rng.permutation(kind)[:share]]))
+        chosen = np.concatenate(chosen)
+        texts = chosen[self.data.rows[chosen] < 0]
+        return chosen[self.data.rows[chosen] >= 0], rng.permutation(texts)[
+            : len(texts) // self.batch_size * self.batch_size
+        ]
+
+    def __len__(self):
+        return sum(map(len, self.rows_of_epoch(np.random.default_rng(0))))
+
+    def __iter__(self):
+        rng = np.random.default_rng([self.seed, self.epoch])
+        batches = []
+        for rows in self.rows_of_epoch(rng):
+            rows = rng.permutation(rows)
+            for start in range(0, len(rows), GROUP * self.batch_size):  # by length within so many batches
+                some = rows[start : start + GROUP * self.batch_size]
+                some = some[np.argsort([-self.lengths[row] for row in some], kind="stable")]
+                batches += [some[i : i + self.batch_size] for i in range(0, len(some), self.batch_size)]
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        rest = [batch for batch in batches if len(batch) < self.batch_size]
+        for batch in [*(whole[i] for i in rng.permutation(len(whole))), *rest]:
+            yield from batch.tolist()

@@ -7,7 +7,7 @@ import argparse
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -277,9 +277,17 @@ def load_pairs(path: str | Path, split: str, max_images: Optional[int] = None, *
     return dataset if max_images is None else dataset.select(range(min(max_images, len(dataset))))
 
 
-def read_texts(path: str | Path, split: str = "train", caption_column: Optional[str] = None) -> list[list[str]]:
+def read_texts(
+    path: str | Path,
+    split: str = "train",
+    caption_column: Optional[str] = None,
+    wanted: Optional[Callable[[str], bool]] = None,
+) -> list[list[str]]:
     """The captions of every image of a source, in its order. The images need not exist: `{"image_id": 9, "captions":
     [...]}` is enough.
+
+    Args:
+        wanted: tells by an image's id, or else its file, whether its captions are.
 
     Raises:
         ValueError: as `read_pairs`.
@@ -288,6 +296,9 @@ def read_texts(path: str | Path, split: str = "train", caption_column: Optional[
     for number, row in enumerate(source.rows()):
         name = row.image if isinstance(row.image, str) and row.image else None
         key = (row.image_id if row.names_image else None, name)
+        if wanted is not None and not wanted(str(key[0] or name or "")):
+            drops.add("left out by its image", row)
+            continue
         captions = clean_captions(row, drops)
         if captions:
             texts.setdefault(key if any(key) else number, []).extend(captions)

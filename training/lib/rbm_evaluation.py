@@ -3,7 +3,7 @@
 import torch
 
 from boltzmann.likelihood import annealed_importance_sampling, base_rate_model, log_prob
-from modeling_blip_rbm.rbm import free_energy, hidden_input, pairwise_mutual_information, word_gains
+from modeling_blip_rbm.rbm import pairwise_mutual_information, word_gains
 from training.lib.retrieval import recalls
 
 
@@ -16,11 +16,18 @@ def average_precision(prob: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate_rbm(rbm, pooled: torch.Tensor, words: list[torch.Tensor]) -> dict[str, float]:
+def image_inputs(rbm, store, rows, view: int = 0, size: int = 256) -> torch.Tensor:
+    """a (n, H), the hidden input of these rows of a `FeatureStore`, a few rows at a time: tokens of all fill no memory."""
+    parts = [rbm(store.batch(rows[start : start + size], view)) for start in range(0, len(rows), size)]
+    return torch.cat(parts) if parts else rbm.hidden_bias.new_zeros(0, rbm.hidden_size)
+
+
+@torch.no_grad()
+def evaluate_rbm(rbm, features: torch.Tensor, words: list[torch.Tensor]) -> dict[str, float]:
     """Retrieval by PMI among these images and all their captions, words of images, images of words, idle hidden units.
 
     Args:
-        pooled (n, V): plain views. words: of each image (captions, K).
+        features (n, V), or tokens (n, N, V): plain views. words: of each image (captions, K).
 
     Returns:
         `image_to_text_r*`, `text_to_image_r*`: R@1, 5, 10 in percent; `word_ap`: mean over images of the average
@@ -29,7 +36,7 @@ def evaluate_rbm(rbm, pooled: torch.Tensor, words: list[torch.Tensor]) -> dict[s
         0.01, above 0.99.
     """
     p = rbm.parameters_fp32
-    a = hidden_input(p, rbm.standardise(pooled))
+    a = torch.cat([rbm(part) for part in features.split(256)])
     owner = torch.tensor([i for i, of_image in enumerate(words) for _ in of_image])
     w = torch.cat([of_image.float() for of_image in words])
     scores = pairwise_mutual_information(p, a, w)  # (n, captions)
@@ -47,17 +54,20 @@ def evaluate_rbm(rbm, pooled: torch.Tensor, words: list[torch.Tensor]) -> dict[s
 
 
 def _first_captions(rbm, pairs):
-    pooled, words = pairs
-    return rbm.standardise(pooled), torch.stack([of_image[0].float() for of_image in words])
+    features, words = pairs
+    return rbm.standardise(features), torch.stack([of_image[0].float() for of_image in words])
+
+
+def _mean_free_energy(rbm, pairs, size: int = 256) -> float:
+    x, w = _first_captions(rbm, pairs)
+    return torch.cat([rbm.free_energy(*part) for part in zip(x.split(size), w.split(size))]).mean().item()
 
 
 @torch.no_grad()
 def free_energy_gap(rbm, held_back, seen) -> dict[str, float]:
     """Mean F(x, w) of held-back pairs above that of training pairs (nats): overfitting, no log Z needed (Hinton 2010,
     6)."""
-    p = rbm.parameters_fp32
-    gap = free_energy(p, *_first_captions(rbm, held_back)).mean() - free_energy(p, *_first_captions(rbm, seen)).mean()
-    return {"free_energy_gap": gap.item()}
+    return {"free_energy_gap": _mean_free_energy(rbm, held_back) - _mean_free_energy(rbm, seen)}
 
 
 @torch.no_grad()

@@ -13,11 +13,13 @@ from modeling_blip_rbm.rbm import (
     bernoulli,
     free_energy,
     gibbs,
-    hidden_input,
     pairwise_mutual_information,
     prob_h_given_v,
+    token_free_energy,
+    token_gibbs,
     word_gains,
 )
+from training.lib.arguments import bf16_is_fast
 from training.lib.data import CaptionWords
 from training.lib.distributed import from_all_processes
 
@@ -29,7 +31,8 @@ class RBMArguments:
     hidden_size: int = field(default=512, metadata={"help": "H, hidden causes"})
     num_words: int = field(default=1000, metadata={"help": "K, the most frequent content word-pieces"})
     pooling: Optional[str] = field(
-        default=None, metadata={"help": "of image tokens: mean, cls_mean or mean_max; default: the model's"}
+        default=None,
+        metadata={"help": "of image tokens: mean, cls_mean, mean_max, or tokens: none; default: the model's"},
     )
     epochs: int = field(default=100, metadata={"help": "an epoch shows each image once, with one of its captions"})
     batch_size: int = field(default=256, metadata={"help": "images a step, over all processes"})
@@ -41,7 +44,12 @@ class RBMArguments:
     init_std: float = field(default=0.02, metadata={"help": "of the weights at the start"})
     words: float = field(default=1.0, metadata={"help": "weight of the held-out words' log-likelihood"})
     match: float = field(default=1.0, metadata={"help": "weight of InfoNCE over PMI"})
-    cd: float = field(default=0.0, metadata={"help": "weight of contrastive divergence"})
+    cd: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of contrastive divergence; of tokens, which repeat each other but count as so many images, say 1/N of it"
+        },
+    )
     cd_steps: int = field(default=1, metadata={"help": "Gibbs steps of contrastive divergence"})
     cd_clamp_image: bool = field(default=False, metadata={"help": "contrastive divergence for P(w | x) only"})
     cd_persistent: bool = field(
@@ -58,13 +66,13 @@ class RBMArguments:
 
 
 class PooledPairs(torch.utils.data.Dataset):
-    """Images in a random view, pooled, the words of one of their captions, and the random numbers of a step.
+    """Images in a random view, pooled or all tokens, the words of one of their captions, and the random numbers of a step.
 
     All chance is drawn from (seed, epoch, image): a step is the same in whatever process its images are, and after a
     stop.
 
     Args:
-        store: `FeatureStore` of pooled images. rows: its rows that belong to the set. words: of all its rows.
+        store: `FeatureStore`. rows: its rows that belong to the set. words: of all its rows.
     """
 
     def __init__(self, store, rows, words: CaptionWords, seed: int = 0):
@@ -77,7 +85,7 @@ class PooledPairs(torch.utils.data.Dataset):
         self.epoch = epoch
 
     def __getitems__(self, indices) -> dict[str, torch.Tensor]:
-        """A whole batch: pooled (B, V), w (B, K), noise (B, 1 + V + K) uniform in [0, 1)."""
+        """A whole batch: pooled (B, V) or tokens (B, N, V), w (B, K), noise (B, 1 + V + K) uniform in [0, 1)."""
         rows = self.rows[np.asarray(indices)]
         size = 3 + self.store.shape[-1] + self.words.num_words
         chance = np.stack(
@@ -141,6 +149,13 @@ def cd_loss(p, x, w, steps, clamp_image, chains=None):
     return free_energy(p, x, w).mean() - free_energy(p, chains.x, chains.w).mean(), chains
 
 
+def token_cd_loss(p, x, w, steps, clamp_image):
+    """As `cd_loss`, for tokens x (B, N, V) and chains from the data."""
+    with torch.no_grad():
+        chains = token_gibbs(p, x, w, steps, clamp=("x",) if clamp_image else ())
+    return token_free_energy(p, x, w).mean() - token_free_energy(p, *chains).mean()
+
+
 def sparsity_loss(a, target: float):
     """Cross entropy between the target and each hidden unit's mean activity, mean over units (Lee et al. 2007)."""
     mean_q = torch.sigmoid(a).mean(0).clamp(1e-6, 1 - 1e-6)
@@ -154,6 +169,8 @@ class RBMObjective(torch.nn.Module):
         super().__init__()
         if settings.cd_persistent and settings.cd_clamp_image:
             raise ValueError("cd_persistent and cd_clamp_image exclude each other: a chain has one image, a batch many")
+        if settings.cd_persistent and rbm.tokens:
+            raise ValueError("cd_persistent keeps chains of pooled images alone: leave it out with --pooling tokens")
         self.rbm, self.settings = rbm.requires_grad_(True), settings  # a captioner's RBM is frozen
         if settings.cd and settings.cd_persistent:  # buffers: saved and resumed with the rest
             n = settings.batch_size // processes
@@ -163,26 +180,35 @@ class RBMObjective(torch.nn.Module):
 
     def cd_term(self, p, x, w):
         settings = self.settings
+        if self.rbm.tokens:
+            return token_cd_loss(p, x, w, settings.cd_steps, settings.cd_clamp_image)
         if not settings.cd_persistent:
             return cd_loss(p, x, w, settings.cd_steps, settings.cd_clamp_image)[0]
         loss, chains = cd_loss(p, x, w, settings.cd_steps, False, GibbsState(self.chain_h, self.chain_x, self.chain_w))
         self.chain_h, self.chain_x, self.chain_w = chains
         return loss
 
+    def fast_products(self, device):
+        """In bf16 where that is faster: of tokens they are nearly all of a step's time."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.rbm.tokens and bf16_is_fast())
+
     def forward(self, pooled, w, noise):
-        """The loss and its terms, for a batch of `PooledPairs`."""
+        """The loss and its terms, for a batch of `PooledPairs`. Image dropout drops a channel of all tokens of an image."""
         p, settings = self.rbm.parameters_fp32, self.settings
         full = self.rbm.standardise(pooled)
-        for_words, for_image = noise.split([1 + w.shape[1], pooled.shape[1]], dim=1)
-        x = full * (for_image >= settings.image_dropout).float()
-        a = hidden_input(p, x)
+        for_words, for_image = noise.split([1 + w.shape[1], pooled.shape[-1]], dim=1)
+        kept = (for_image >= settings.image_dropout).float()
+        x = full * (kept[:, None] if self.rbm.tokens else kept)
+        with self.fast_products(x.device):
+            a = self.rbm.hidden_input(x)
         terms = {}
         if settings.words:
             terms["words"] = words_loss(p, a, w, for_words)
         if settings.match:
             terms["match"] = match_loss(p, a, w)
         if settings.cd:
-            terms["cd"] = self.cd_term(p, full, w)
+            with self.fast_products(x.device):
+                terms["cd"] = self.cd_term(p, full, w)
         loss = sum(getattr(settings, name) * term for name, term in terms.items())
         if settings.sparsity_target is not None:
             terms["sparsity"] = sparsity_loss(from_all_processes(a + w @ p.U), settings.sparsity_target)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import matplotlib.pyplot as plt
 
 
 def with_new_rbm(model, word_ids, settings: RBMArguments, pooled: Iterable[torch.Tensor], word_share):
-    """The same captioner with a fresh RBM over these words, standardised by these pooled images, (n, V) at a time."""
+    """The same captioner with a fresh RBM over these words, standardised by these images, (n, V) or (n, N, V) at a time."""
     config = BlipRBMConfig.from_dict(
         model.config.to_dict()
         | {"rbm_word_ids": word_ids, "rbm_hidden_size": settings.hidden_size}
@@ -43,7 +44,8 @@ def with_new_rbm(model, word_ids, settings: RBMArguments, pooled: Iterable[torch
 
 
 def in_pieces(store, rows, size: int = 1024) -> Iterator[torch.Tensor]:
-    """All views of these rows of a `FeatureStore` of pooled images, (n, V) at a time."""
+    """All views of these rows of a `FeatureStore`, about `size` vectors at a time: (n, V), or of tokens (n, N, V)."""
+    size = max(1, size // math.prod(store.shape[2:-1]))
     for start in range(0, len(rows), size):
         for view in range(store.num_views):
             yield store.batch(rows[start : start + size], view)
@@ -51,6 +53,8 @@ def in_pieces(store, rows, size: int = 1024) -> Iterator[torch.Tensor]:
 
 def prepared(accelerator, objective, train_set, settings: RBMArguments):
     """Objective, optimizer, loader and schedule, in the accelerator's hands."""
+    if settings.ais_every and objective.rbm.tokens:
+        raise ValueError("--ais_every knows RBMs of pooled images alone: leave it out with --pooling tokens")
     if settings.batch_size % accelerator.num_processes:
         raise ValueError(
             f"--batch_size is {settings.batch_size}, the images of a step over all {accelerator.num_processes} processes: it must be a "
@@ -100,7 +104,7 @@ def train(accelerator, model, train_set: PooledPairs, held_back, settings: RBMAr
     on from.
 
     Args:
-        held_back: pooled images (n, V), and of each image its captions' words (captions, K).
+        held_back: pooled images (n, V) or tokens (n, N, V), and of each image its captions' words (captions, K).
 
     Returns:
         what was measured, an entry an evaluation.
