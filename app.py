@@ -46,7 +46,14 @@ STYLE = """
 .cards img {max-width: 100%; border-radius: .25rem} .cards p {margin: .4rem 0} .cards meter {width: 45%}
 .cards .broken {border-color: var(--error-border-color); background: var(--error-background-fill)}
 """
-SERVER = {"max_file_size": MOST_BYTES, "ssr_mode": False, "css": STYLE, "footer_links": []}
+FONTS = [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")]  # those of the reader's machine
+SERVER = {
+    "max_file_size": MOST_BYTES,
+    "ssr_mode": False,
+    "css": STYLE,
+    "footer_links": [],
+    "theme": gr.themes.Default(font=FONTS),
+}
 SPACE = """---
 title: BLIP-RBM
 colorFrom: blue

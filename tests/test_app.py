@@ -5,6 +5,8 @@ import shutil
 from urllib.parse import urlparse
 
 import pytest
+import torch
+from PIL import Image
 
 from tests.conftest import CHECKPOINT, REPO, random_image
 
@@ -150,6 +152,18 @@ def test_too_many_images(visit, photos):
     page.get_by_text("too many at a time").first.wait_for()
 
 
+def test_where_a_word_is(saved_model, monkeypatch):
+    """A stand-in for `word_map`, which an RBM of tokens has: the class token is left out, and the first patch is the brightest."""
+    window = app.Window(str(saved_model))
+    assert window.maps(random_image(), ["dog"]) == []  # this RBM reads the image as a whole
+    monkeypatch.setattr(window.model.config, "rbm_pooling", "tokens")
+    heat = torch.arange(10.0, 0.0, -1.0).expand(1, 2, 10)  # of [CLS] and 3 x 3 patches
+    monkeypatch.setattr(window.model, "word_map", lambda pixels, words: heat[:, : len(words)], raising=False)
+    (word, picture), (other, _) = window.maps(Image.new("RGB", (90, 60)), ["dog", "ball"])
+    assert (word, other) == ("dog", "ball") and picture.size == (90, 60)
+    assert sum(picture.getpixel((2, 2))) > sum(picture.getpixel((45, 30))) > sum(picture.getpixel((88, 58)))
+
+
 @pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="needs the embedded checkpoint")
 def test_screenshot(browser, tmp_path):
     """With APP_SCREENSHOT=docs/app.png it renews README's picture."""
@@ -162,6 +176,7 @@ def test_screenshot(browser, tmp_path):
     page.locator(".cards article").nth(2).wait_for()
     file = REPO / os.environ.get("APP_SCREENSHOT", tmp_path / "app.png")
     page.screenshot(path=file, full_page=True)
+    Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)  # a third of the bytes
     blocks.close()
     assert file.stat().st_size > 20_000
 
