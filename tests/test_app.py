@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import CHECKPOINT, REPO, random_image
+from modeling_blip_rbm import BlipRBMForConditionalGeneration
+from tests.conftest import CHECKPOINT, RBM_SETTINGS, REPO, random_image, randomise
 
 
 pytest.importorskip("gradio", reason="the window needs Gradio: pip install -e '.[demo]'")
@@ -162,6 +163,17 @@ def test_where_a_word_is(saved_model, monkeypatch):
     (word, picture), (other, _) = window.maps(Image.new("RGB", (90, 60)), ["dog", "ball"])
     assert (word, other) == ("dog", "ball") and picture.size == (90, 60)
     assert sum(picture.getpixel((2, 2))) > sum(picture.getpixel((45, 30))) > sum(picture.getpixel((88, 58)))
+
+
+def test_where_a_word_is_by_an_rbm_of_tokens(blip, processor, tmp_path):
+    model = BlipRBMForConditionalGeneration.from_blip(blip, **RBM_SETTINGS, rbm_pooling="tokens")
+    randomise(model.rbm_layer.rbm)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    window = app.Window(str(tmp_path))
+    assert [word for word, _ in window.maps(random_image(), ["dog", "ball"])] == ["dog", "ball"]
+    random_image().save(tmp_path / "photo.png")
+    assert window.caption([str(tmp_path / "photo.png")], 0.5, 1, 1)[0].count("<figure>") == app.MAPS
 
 
 @pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="needs the embedded checkpoint")
