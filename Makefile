@@ -82,7 +82,6 @@ evaluate: .venv/installed  ## measure the embedded model on the validation split
 		--output $(EMBEDDED)/results.json --pictures runs/report
 	$(RUN) -m training.evaluate_confidence --model $(EMBEDDED) --dataset $(DATASET) --output $(EMBEDDED)/confidence.json
 	mv $(EMBEDDED)/confidence.png docs/confidence.png
-	cp $(EMBEDDED)/results.json benchmarks/results/captions_seed_0.json
 	cp $(EMBEDDED)/results.json benchmarks/results/captions_$(notdir $(DATASET)).json
 	for world in $(WORLDS); do \
 		$(RUN) -m training.evaluate_captions --model $(EMBEDDED) --dataset $(DATA)/$$world --train_split "" \

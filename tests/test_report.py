@@ -80,12 +80,22 @@ def test_worlds_that_were_measured_are_shown(tmp_path, monkeypatch):
     web, coco = (f"| {report.WORLDS[name]}, 1,009 images of validation |" for name in ("web", "coco"))
     assert [line.split(" | ")[1] for line in lines[2:]] == [
         *("BLIP", "BLIP-RBM", "BLIP-RBM minus BLIP"),
-        *("old BLIP", "old BLIP-RBM", "old BLIP-RBM minus old BLIP"),
+        *(f"0.1.0: {name}" for name in ("BLIP", "BLIP-RBM", "BLIP-RBM minus BLIP")),
         *("BLIP", "BLIP-RBM", "BLIP-RBM minus BLIP"),
     ]
     assert lines[4] == f"{web} BLIP-RBM minus BLIP |  |  |  |  |  | +6.0 [-1.0, +9.0] |  |"
     assert lines[8] == f"{coco} BLIP | 31.0 | 7.0 | 13.0 | 11.0 | 431 | 17.0 | 23.0 |"
     assert lines[10].startswith(f"{coco} BLIP-RBM minus BLIP | +6.0 [-1.0, +9.0] |  |")
+    for name in ("web", "old_coco"):
+        content = json.dumps(results | {"difference": {"CIDEr-D": entry}})
+        (tmp_path / "results" / f"captions_{name}.json").write_text(content)
+    lines = report.worlds_cider_block("results").splitlines()
+    assert lines[2:5] == [
+        "| 0.1.0: BLIP |  |  | 31.0 |",
+        "| 0.1.0: BLIP-RBM |  |  | 37.0 |",
+        "| 0.1.0: BLIP-RBM minus BLIP |  |  | +6.0 [-1.0, +9.0] |",
+    ]
+    assert lines[6] == "| BLIP-RBM |  | 37.0 | 37.0 |"
 
 
 def test_every_block_is_used_in_a_document_and_every_document_has_one():

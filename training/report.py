@@ -27,8 +27,8 @@ DOCUMENTS = (
     "docs/alignment.md",
 )
 MEASURES = {"CIDEr-D": ".1f", "BLEU-4": ".1f", "ROUGE-L": ".1f", "METEOR": ".1f", "vocabulary": ".0f", "novel": ".2f"}
-# Data sets on which the embedded model is measured, `benchmarks/results/captions_NAME.json`; captions_old_NAME.json: the
-# embedded model of 0.1.0, whose captioner saw Flickr8k alone.
+# Data sets on which the embedded model is measured, `benchmarks/results/captions_NAME.json`; captions_old_NAME.json, and of
+# Flickr8k captions_seed_0.json: the embedded model of 0.1.0, whose captioner saw Flickr8k alone.
 WORLDS = {"flickr8k": "Flickr8k", "web": "web photographs", "coco": "COCO, no image of it trained on"}
 WORLD_MEASURES = {name: form for name, form in MEASURES.items() if name != "novel"} | {
     "CHAIR-i": ".1f",
@@ -111,49 +111,40 @@ def seeds_block(name: str) -> str:
     return table(["seed", "CIDEr-D", "BLEU-4", "ROUGE-L", "METEOR", "vocabulary", "novel, points"], rows)
 
 
+def results_of_worlds(folder: str) -> dict[tuple[str, str], dict]:
+    """What was measured on each data set of `WORLDS`, by the model ("0.1.0: " or "") and the data set."""
+    files = {
+        (model, world): f"captions_{name}{world}" for model, name in (("0.1.0: ", "old_"), ("", "")) for world in WORLDS
+    }
+    files["0.1.0: ", "flickr8k"] = "captions_seed_0"
+    return {
+        key: read(f"{folder}/{file}.json") for key, file in files.items() if (REPO / f"{folder}/{file}.json").exists()
+    }
+
+
 def worlds_block(folder: str = BENCHMARKS) -> str:
     """The model before and now on each data set of `WORLDS` that was measured."""
-    rows = []
-    for world, said in WORLDS.items():
-        for prefix, model in (("old_", "old "), ("", "")):
-            file = f"{folder}/captions_{prefix}{world}.json"
-            if not (REPO / file).exists():
-                continue
-            results = read(file)
-            where = f"{said}, {results['images']:,} images of {results['split']}"
-            rows += [
-                [where, f"{model}{name}", *measures(system, WORLD_MEASURES)]
-                for name, system in results["systems"].items()
-            ]
-            ours = results["difference"]
-            apart = [interval(ours[name]) if name in ours else "" for name in WORLD_MEASURES]
-            rows.append([where, f"{model}BLIP-RBM minus {model}BLIP", *apart])
-    if not rows:
-        return "Not measured yet: `make evaluate`."
-    return table(["images", "system", *WORLD_MEASURES], rows)
+    rows, measured = [], results_of_worlds(folder)
+    for (model, world), results in sorted(measured.items(), key=lambda item: list(WORLDS).index(item[0][1])):
+        where = f"{WORLDS[world]}, {results['images']:,} images of {results['split']}"
+        for name, system in results["systems"].items():
+            rows.append([where, f"{model}{name}", *measures(system, WORLD_MEASURES)])
+        ours = results["difference"]
+        apart = [interval(ours[name]) if name in ours else "" for name in WORLD_MEASURES]
+        rows.append([where, f"{model}BLIP-RBM minus BLIP", *apart])
+    return table(["images", "system", *WORLD_MEASURES], rows) if rows else "Not measured yet: `make evaluate`."
 
 
 def worlds_cider_block(folder: str = BENCHMARKS) -> str:
     """CIDEr-D alone of each system, a column a data set of `WORLDS`."""
-    measured = {
-        (prefix, world): read(file)
-        for prefix in ("old_", "")
-        for world in WORLDS
-        if (REPO / (file := f"{folder}/captions_{prefix}{world}.json")).exists()
-    }
-    rows = []
-    for prefix, model in (("old_", "0.1.0: "), ("", "")):
-        found = [measured.get((prefix, world)) for world in WORLDS]
-        if any(found):
-            for name in ("BLIP", "BLIP-RBM"):
-                cells = [format(one["systems"][name]["CIDEr-D"], ".1f") if one else "" for one in found]
-                rows.append([f"{model}{name}", *cells])
-            rows.append(
-                [
-                    f"{model}BLIP-RBM minus BLIP",
-                    *(interval(one["difference"]["CIDEr-D"]) if one else "" for one in found),
-                ]
-            )
+    rows, measured = [], results_of_worlds(folder)
+    for model in dict.fromkeys(model for model, _ in measured):
+        found = [measured.get((model, world)) for world in WORLDS]
+        for name in ("BLIP", "BLIP-RBM"):
+            cells = [format(one["systems"][name]["CIDEr-D"], ".1f") if one else "" for one in found]
+            rows.append([f"{model}{name}", *cells])
+        apart = [interval(one["difference"]["CIDEr-D"]) if one else "" for one in found]
+        rows.append([f"{model}BLIP-RBM minus BLIP", *apart])
     return table(["CIDEr-D, 1,000 validation images each", *WORLDS.values()], rows) if rows else "Not measured yet."
 
 
