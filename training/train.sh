@@ -36,6 +36,8 @@ stage $RUNS/phrases/phrases.json fit_phrases --views 2 --held_back 1000 --model 
     --output_dir $RUNS/phrases
 stage $RUNS/blip-rbm-small/tuning.json tune_decoding training/recipes/decoding-small.yaml --model $RUNS/phrases/best --dataset "$HUMAN" "$WEB" \
     --output_dir $RUNS/blip-rbm-small
+# into its config: how sure a match of image and text is, and a caption
+stage $RUNS/match/capfilt.json capfilt --model $RUNS/blip-rbm-small --dataset "$HUMAN" --views 2 --held_back 500 --output_dir $RUNS/match
 stage $RUNS/blip-rbm-small/confidence.json evaluate_confidence --model $RUNS/blip-rbm-small --dataset "$HUMAN" \
     --output $RUNS/blip-rbm-small/confidence.json
 cp $RUNS/finetune/captioner.json $RUNS/rbm/rbm.json $RUNS/phrases/phrases.json $RUNS/blip-rbm-small/
