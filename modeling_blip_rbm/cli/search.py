@@ -30,9 +30,10 @@ examples:
 """
 ENERGY_EXAMPLES = """
 A line is "energy file", in nats: the free energy of the image under the RBM, the
-highest first. It is high for images unlike those that the model was trained on,
-on which its captions are not to be trusted. Only the order, and differences of
-one model, mean something.
+highest first. An RBM with a generative term gives a high one to images unlike
+those that it was trained on, whose captions are not to be trusted. The embedded
+model's RBM has no such term, and its energy does not tell such images apart.
+Only the order, and differences of one model, mean something.
 
 examples:
   blip-rbm energy holiday/ | head
