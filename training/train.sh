@@ -20,12 +20,12 @@ stage() {  # OUTPUT MODULE ARGUMENTS...: unless OUTPUT is there
 }
 
 # words: of the texts alone, then of images, of people and of the web
-stage $RUNS/built build_captioner --vision "$VISION" --text "$TEXT" --sources web --output_dir $RUNS/built
-stage $RUNS/untrained shrink_vocabulary --model $RUNS/built --dataset "$HUMAN" "$WEB,source=web" $(texts 1) --held_back 1000 --least 4 \
+stage $RUNS/built/config.json build_captioner --vision "$VISION" --text "$TEXT" --sources web --output_dir $RUNS/built
+stage $RUNS/untrained/config.json shrink_vocabulary --model $RUNS/built --dataset "$HUMAN" "$WEB,source=web" $(texts 1) --held_back 1000 --least 4 \
     --output_dir $RUNS/untrained
 stage $RUNS/language/captioner.json train_captioner training/recipes/language.yaml --model $RUNS/untrained --dataset $(texts 0.4) \
     --held_back 2000 --output_dir $RUNS/language
-stage $RUNS/begun build_captioner --vision "$VISION" --decoder $RUNS/language/best --class_head "$CLASS_HEAD" --output_dir $RUNS/begun
+stage $RUNS/begun/config.json build_captioner --vision "$VISION" --decoder $RUNS/language/best --class_head "$CLASS_HEAD" --output_dir $RUNS/begun
 stage $RUNS/pretrain/captioner.json train_captioner training/recipes/pretrain.yaml --model $RUNS/begun \
     --dataset "$HUMAN" "$WEB,source=web" $(texts 0.08) --output_dir $RUNS/pretrain
 stage $RUNS/finetune/captioner.json train_captioner training/recipes/finetune.yaml --model $RUNS/pretrain/best \

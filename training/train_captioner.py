@@ -15,6 +15,7 @@ With `--tower_learning_rate` the vision tower is trained as well, on a new rando
 import copy
 import time
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,8 @@ class EncodedImages(dict):
 class CaptionTrainer(Trainer):
     """Evaluates by captioning, with the averaged weights, and keeps the best of them."""
 
+    measure, sign, said = "eval_cider", 1, "held-back CIDEr-D {:.1f}"  # sign -1: the lower the better
+
     def __init__(self, *args, held_back, ema, processor, eval_beams, max_new_tokens, tower_learning_rate=0.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.tower_learning_rate = tower_learning_rate
@@ -190,19 +193,24 @@ class CaptionTrainer(Trainer):
             f"{metric_key_prefix}_length": corpus_diversity(captions)["mean_length"],
             f"{metric_key_prefix}_seconds": time.time() - start,
         }
-        first = not any("eval_cider" in entry for entry in self.state.log_history)
-        best = max((entry["eval_cider"] for entry in self.state.log_history if "eval_cider" in entry), default=-1.0)
+        if not any(self.measure in entry for entry in self.state.log_history) and self.is_world_process_zero():
+            save_captioner(plain_model(model), self.processor, Path(self.args.output_dir) / "first")
+        return self.keep_best(model, metrics, metrics[f"{metric_key_prefix}_cider"])
+
+    def keep_best(self, model, metrics: dict, quality: float) -> dict:
+        """Log what was measured, and save the model as `best` if its quality is the highest so far."""
+        known = [self.sign * entry[self.measure] for entry in self.state.log_history if self.measure in entry]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if metrics[f"{metric_key_prefix}_cider"] > best and self.is_world_process_zero():
+        if quality > max(known, default=-float("inf")) and self.is_world_process_zero():
             save_captioner(plain_model(model), self.processor, Path(self.args.output_dir) / "best")
-        if first and self.is_world_process_zero():
-            save_captioner(plain_model(model), self.processor, Path(self.args.output_dir) / "first")
         return metrics
 
 
 class LanguageTrainer(CaptionTrainer):
     """Of texts alone: what is kept is best by the nats a token of the held-back texts."""
+
+    measure, sign, said = "eval_nats", -1, "{:.3f} nats a token of held-back texts"
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -214,15 +222,7 @@ class LanguageTrainer(CaptionTrainer):
             nats += float(model(**batch)["loss"]) * counted
             tokens += counted
         model.label_smoothing, model.full_vocabulary = smoothing, whole
-        metrics = {f"{metric_key_prefix}_nats": nats / tokens}
-        best = min(
-            (entry["eval_nats"] for entry in self.state.log_history if "eval_nats" in entry), default=float("inf")
-        )
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if metrics[f"{metric_key_prefix}_nats"] < best and self.is_world_process_zero():
-            save_captioner(plain_model(model), self.processor, Path(self.args.output_dir) / "best")
-        return metrics
+        return self.keep_best(model, {f"{metric_key_prefix}_nats": nats / tokens}, -nats / tokens)
 
 
 def moving_average(decay: float):
@@ -328,8 +328,7 @@ def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerA
     """The averaged weights as at the end in `last`, and what was measured in captioner.json."""
     output_dir = Path(trainer.args.output_dir)
     save_captioner(plain_model(trainer.ema.module.eval()), trainer.processor, output_dir / "last")
-    measure = "eval_nats" if isinstance(trainer, LanguageTrainer) else "eval_cider"
-    history = [entry for entry in trainer.state.log_history if measure in entry]
+    history = [entry for entry in trainer.state.log_history if trainer.measure in entry]
     write_json(
         output_dir / "captioner.json",
         {
@@ -341,12 +340,8 @@ def write_results(trainer: CaptionTrainer, minutes: float, captioner: CaptionerA
             **settings,
         },
     )
-    if measure == "eval_nats":
-        best = min(history, key=lambda entry: entry[measure])
-        print(f"{output_dir}/best: epoch {best['epoch']:.0f}, {best[measure]:.3f} nats a token of held-back texts")
-    else:
-        best = max(history, key=lambda entry: entry[measure])
-        print(f"{output_dir}/best: epoch {best['epoch']:.0f}, held-back CIDEr-D {best[measure]:.1f}")
+    best = max(history, key=lambda entry: trainer.sign * entry[trainer.measure])
+    print(f"{output_dir}/best: epoch {best['epoch']:.0f}, {trainer.said.format(best[trainer.measure])}")
 
 
 class Gathered:
@@ -355,6 +350,7 @@ class Gathered:
     def __init__(self, processor, captioner: CaptionerArguments):
         self.processor, self.clean, self.at_once = processor, captioner.of_the_image, captioner.captions_at_once
         self.rows, self.tokens, self.texts, self.weights, self.left_out = [], [], [], [], 0
+        self.start_of = cache(partial(source_token, processor))
 
     def add(self, row: int, captions: list[str], source: DataSource):
         """The captions of one row of a data set; -1 if it has no image."""
@@ -362,7 +358,7 @@ class Gathered:
         self.left_out += len(captions) - len(kept)
         if kept:
             self.rows.append(row)
-            self.tokens.append(caption_tokens(self.processor, kept, start=source_token(self.processor, source.source)))
+            self.tokens.append(caption_tokens(self.processor, kept, start=self.start_of(source.source)))
             self.texts.append(kept)
             self.weights.append(source.weight)
 

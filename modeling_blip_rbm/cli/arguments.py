@@ -105,6 +105,17 @@ def named_on_input(paths: list[str]) -> list[str]:
     return named
 
 
+def add_command(commands, name: str, does: str, epilog: str) -> argparse.ArgumentParser:
+    """The parser of a command. `does`: what it does, in lower case; `epilog`: its examples, as they are."""
+    return commands.add_parser(
+        name,
+        help=does,
+        description=f"{does[0].upper()}{does[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_model(parser: argparse.ArgumentParser, model: str | None):
     """--model, --device and --dtype."""
     group = parser.add_argument_group("model")

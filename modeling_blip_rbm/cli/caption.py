@@ -1,6 +1,5 @@
 """`blip-rbm caption`: captions of images, to the terminal or to files."""
 
-import argparse
 import string
 from pathlib import Path
 
@@ -196,13 +195,7 @@ def check_confidence(args, model):
 
 def add_parser(commands, model: str | None):
     """Add `caption` to the commands."""
-    parser = commands.add_parser(
-        "caption",
-        help="caption images, or the images in folders",
-        description="Caption images, or the images in folders.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.add_command(commands, "caption", "caption images, or the images in folders", EXAMPLES)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder, pattern, address, archive, or -")
     arguments.add_model(parser, model)
     add_caption_options(parser.add_argument_group("captions"))

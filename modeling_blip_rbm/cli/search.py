@@ -1,7 +1,6 @@
 """`blip-rbm search` and `blip-rbm energy`: a folder's images, ordered by how well the RBM thinks they go with a text, or by how unlike they are
 to what it knows."""
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -116,20 +115,9 @@ def show(args, index: Index, scores: torch.Tensor, report: Report, title: str) -
 
 def add_parser(commands, model: str | None):
     """Add `search` and `energy` to the commands."""
-    search = commands.add_parser(
-        "search",
-        help="find a folder's images by a text",
-        description="Find a folder's images by a text.",
-        epilog=SEARCH_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    energy = commands.add_parser(
-        "energy",
-        help="sort a folder's images by how unlike they are to what the model knows",
-        description="Sort a folder's images by how unlike they are to what the model knows.",
-        epilog=ENERGY_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    search = arguments.add_command(commands, "search", "find a folder's images by a text", SEARCH_EXAMPLES)
+    does = "sort a folder's images by how unlike they are to what the model knows"
+    energy = arguments.add_command(commands, "energy", does, ENERGY_EXAMPLES)
     for parser in (search, energy):
         parser.add_argument("folder", metavar="FOLDER", help="its images, and all below it")
     search.add_argument("text", metavar="TEXT", help='what is looked for, such as "two dogs on a beach"')
