@@ -9,12 +9,10 @@ Every number here is of held-back *training* images; no validation image is look
    arXiv 2007.07314), the repetition penalty and beam search's length penalty. Of the settings whose CIDEr-D is within
    `tolerance` of the best, and BLEU-4 within `bleu_tolerance`, the one with the largest vocabulary: variety where it
    costs little. They become part of plain BLIP, the baseline.
-2. guide and re-rank together: for every weight of guide the candidates that it gives, and a grid over the weights of
-the parts of
-   each candidate's score. One is chosen as for plain BLIP, with `rerank_tolerance`; or with `rerank_vocabulary` the
-   weights that are best on average over the guides get more and more weight on rare words until the vocabulary is so
-   many times plain BLIP's. One weight is moved for it, as of thousands of settings the one with the largest vocabulary
-   owes it to these images.
+2. guide and re-rank together: for every weight of guide the candidates that it gives, and the weights of the parts of each
+   candidate's score, at most `most_weights` in all, by cross-validation (`training/lib/decoding_rule.py`). With
+   `rerank_vocabulary` the chosen weights get more and more weight on rare words until the vocabulary is so many times plain
+   BLIP's.
 """
 
 import itertools
@@ -24,16 +22,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.feature_extraction.text import CountVectorizer
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor, DecodingSettings
-from modeling_blip_rbm.configuration_blip_rbm import SIMILARITIES
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from training.lib.arguments import DataArguments, parse_arguments
-from training.lib.captions import candidate_parts, caption_rows, caption_tokens, chosen_by_rerank, unigram_bias
+from training.lib.captions import candidate_parts, caption_rows, caption_tokens, unigram_bias
 from training.lib.checkpoints import refuse_other_output, save_captioner, write_json
-from training.lib.data import split_held_back
+from training.lib.data import fold_of, split_held_back
+from training.lib.decoding_rule import Choices, simplest_rule
 from training.lib.features import cache_features
-from training.lib.metrics import CiderD, bleu, corpus_diversity, tokenize
+from training.lib.metrics import CiderD, bleu, corpus_diversity
 from training.lib.mixture import read_images
 from training.lib.stage import run_stage
 
@@ -59,12 +56,14 @@ class TuningArguments:
     bleu_tolerance: float = field(
         default=0.6, metadata={"help": "BLEU-4 points that plain BLIP may give for vocabulary"}
     )
-    rerank_tolerance: float = field(default=1.0, metadata={"help": "the same for guide and re-rank"})
+    most_weights: int = field(default=3, metadata={"help": "weights of guide and re-rank that may be on together"})
+    folds: int = field(
+        default=5, metadata={"help": "parts of the held-back images, by which the weights are cross-validated"}
+    )
     rerank_vocabulary: float = field(
         default=0.0,
         metadata={
-            "help": "guide and re-rank are to use so many times as many different words as plain BLIP, by weight on rare ones; 0: as "
-            "many as `rerank_tolerance` allows, without"
+            "help": "guide and re-rank are to use so many times as many different words as plain BLIP, by weight on rare ones; 0: no such weight"
         },
     )
     guidance: list[float] = field(default_factory=lambda: [0.1, 0.3], metadata={"help": "weights of guide tried"})
@@ -76,67 +75,7 @@ class TuningArguments:
     half: bool = field(default=False, metadata={"help": "store fp16 weights"})
 
 
-RARITY = tuple(step / 128 for step in range(25))  # nats of rarity by expected CIDEr-D
 GUIDE = ("rbm_guidance", "rbm_guidance_rarity")
-RERANK_GRID = {
-    "rbm_rerank_length_penalty": (0.0, 0.5, 0.75, 1.0),
-    "rbm_rerank_pmi": (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
-    "rbm_rerank_consensus": (0.0, 2.0, 4.0, 8.0, 16.0),
-    "rbm_rerank_cider": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0),
-    "rbm_rerank_similarity": SIMILARITIES,
-}
-COARSE_GRID = {  # of thousands of settings the best owes more to the held-back images
-    "rbm_rerank_length_penalty": (0.0, 0.5),
-    "rbm_rerank_pmi": (0.0, 0.4, 0.8, 1.6),
-    "rbm_rerank_consensus": (0.0, 4.0),
-    "rbm_rerank_cider": (0.0, 16.0, 32.0, 64.0),
-    "rbm_rerank_similarity": SIMILARITIES,
-}
-
-
-class Choices:
-    """What re-rank would choose among the candidates of some images.
-
-    Args:
-        captions, parts, cider: text, parts of the score and sentence CIDEr-D of each candidate, (images, n) all of
-            them.
-    """
-
-    def __init__(self, captions: list[list[str]], parts: dict[str, np.ndarray], cider: np.ndarray):
-        self.parts, self.cider = parts, cider
-        words = CountVectorizer(analyzer=tokenize, binary=True, dtype=bool)
-        self.said = words.fit_transform(text for of_image in captions for text in of_image)  # (images * n, words)
-
-    def outcome(self, weights: dict) -> dict:
-        """The weights with mean CIDEr-D and vocabulary of what they choose."""
-        images, n = self.cider.shape
-        chosen = np.arange(images) * n + chosen_by_rerank(self.parts, DecodingSettings(**weights))
-        vocabulary = int((self.said[chosen].sum(0) > 0).sum())
-        return weights | {"cider": 100 * self.cider.flat[chosen].mean(), "vocabulary": vocabulary}
-
-    def tune(self, grid: dict[str, tuple]) -> list[dict]:
-        """The outcomes of a grid, rarity left out."""
-        grid = grid if "cider" in self.parts else grid | {"rbm_rerank_cider": (0.0,)}
-        tried = []
-        for values in itertools.product(*grid.values()):
-            weights = dict(zip(grid, values)) | {"rbm_rerank_rarity": 0.0}
-            if not weights["rbm_rerank_consensus"] and weights["rbm_rerank_similarity"] != SIMILARITIES[0]:
-                continue  # the same as with the first
-            tried.append(self.outcome(weights))
-        return tried
-
-    def with_rarity(self, setting: dict) -> list[dict]:
-        """The outcomes of a setting with more and more weight on rarity: shares of the weight of CIDEr-D."""
-        weights = {name: setting[name] for name in (*RERANK_GRID, "rbm_rerank_rarity")}
-        steps = [weights["rbm_rerank_cider"] * share for share in RARITY]
-        return [self.outcome(weights | {"rbm_rerank_rarity": step}) for step in steps]
-
-
-def best_by(tried: list[dict], name: str) -> dict:
-    """Of every value of one setting, the best CIDEr-D of all that were tried with it."""
-    return {
-        value: max(t["cider"] for t in tried if t[name] == value) for value in dict.fromkeys(t[name] for t in tried)
-    }
 
 
 class HeldBack:
@@ -163,12 +102,6 @@ def most_varied(entries: list[dict], tolerance: float, bleu_tolerance: float | N
     if not good:
         return max(entries, key=lambda entry: entry["cider"])
     return max(good, key=lambda entry: entry["vocabulary"])
-
-
-def best_on_average(outcomes: list[list[dict]]) -> dict:
-    """Of the outcomes of one grid, for each of several guides, the weights with the best mean CIDEr-D over the
-    guides."""
-    return max(zip(*outcomes), key=lambda of_weights: sum(outcome["cider"] for outcome in of_weights))[0]
 
 
 def best_of_varied(series: list[list[dict]], vocabulary: float) -> dict:
@@ -207,34 +140,31 @@ def tune_plain(model, held_back: HeldBack, log_frequency: torch.Tensor, args: Tu
     return tried
 
 
-def tune_guide_and_rerank(model, held_back: HeldBack, plain_vocabulary: int, args: TuningArguments) -> dict:
-    """What was tried, and under `chosen` what is best."""
-    guides, choices, outcomes, candidates = [], [], [], {}
-    for guidance in itertools.product(args.guidance, args.guidance_rarity):
-        if not guidance[0] and guidance[1] != args.guidance_rarity[0]:
+def tune_guide_and_rerank(
+    model, held_back: HeldBack, fold: np.ndarray, plain_vocabulary: int, args: TuningArguments
+) -> dict:
+    """What was tried, and under `chosen` what is best; `fold` (images,) as of `simplest_rule`."""
+    guides, candidates = [], {}
+    for guidance in itertools.product(sorted(args.guidance), sorted(args.guidance_rarity)):
+        if not guidance[0] and guidance[1] != min(args.guidance_rarity):
             continue  # the same: nothing grows
-        guides.append(dict(zip(GUIDE, guidance)))
-        for name, value in guides[-1].items():
+        guide = dict(zip(GUIDE, guidance))
+        for name, value in guide.items():
             setattr(model.generation_config, name, value)
         outputs, parts = candidate_parts(model, held_back.processor, held_back.store, held_back.rows, args.candidates)
         cider = np.array([[held_back.scorer.score(i, text) for text in of] for i, of in enumerate(outputs)])
-        choices.append(Choices(outputs, parts, cider))
-        outcomes.append(choices[-1].tune(COARSE_GRID if args.rerank_vocabulary else RERANK_GRID))
+        guides.append((guide, Choices(outputs, parts, cider)))
         candidates[", ".join(str(weight) for weight in guidance if weight)] = {
             "first_candidate": 100 * cider[:, 0].mean(),
             "random_candidate": 100 * cider.mean(),
             "oracle": 100 * cider.max(1).mean(),
         }
-    tried = [guide | outcome for guide, of_guide in zip(guides, outcomes) for outcome in of_guide]
-    rerank = {"candidates": candidates, "best": sorted(tried, key=lambda t: -t["cider"])[:10]}
+    chosen, rules = simplest_rule(guides, fold, args.most_weights)
+    rerank = {"candidates": candidates, "rules": rules}
     if args.rerank_vocabulary:
-        best = best_on_average(outcomes)
-        rerank["rarity"] = [[guide | o for o in c.with_rarity(best)] for guide, c in zip(guides, choices)]
+        rerank["rarity"] = [[guide | outcome for outcome in choices.with_rarity(chosen)] for guide, choices in guides]
         chosen = best_of_varied(rerank["rarity"], args.rerank_vocabulary * plain_vocabulary)
-    else:
-        chosen = most_varied(tried, args.rerank_tolerance)
     rerank["chosen"] = chosen
-    rerank |= {name: best_by(tried, name) for name in (*GUIDE, *RERANK_GRID)}
     return rerank
 
 
@@ -263,7 +193,8 @@ def main():
 
     plain = tune_plain(model, held_back, log_frequency, args)
     chosen_plain = most_varied(plain, args.tolerance, args.bleu_tolerance)
-    rerank = tune_guide_and_rerank(model, held_back, chosen_plain["vocabulary"], args)
+    fold = fold_of(held_images["image_id"], args.folds)
+    rerank = tune_guide_and_rerank(model, held_back, fold, chosen_plain["vocabulary"], args)
     print(json.dumps(rerank, indent=1))
     settings = {name: value for name, value in rerank["chosen"].items() if name.startswith("rbm_")}
     for name, value in {"rbm_rerank": True, **settings}.items():

@@ -280,3 +280,37 @@ def test_a_folder_that_holds_something_else_is_left_alone(work, data, module):
     ):
         in_process(module, "--model", "untrained", *data, "--output_dir", "untrained", cwd=work)
     assert {file.name: file.stat().st_mtime_ns for file in (work / "untrained").iterdir()} == before
+
+
+def test_the_rbm_in_its_own_place_and_a_table(tuned, data, pairs, tmp_path):
+    """On drawn images: every stand-in is measured; the file says what each adds to BLIP and what the RBM adds to it."""
+    arguments = [
+        "--model",
+        tuned,
+        *data,
+        "--worlds",
+        pairs,
+        "--output",
+        tmp_path / "controls.json",
+        "--work",
+        tmp_path / "work",
+    ]
+    names = ["RBM", "linear", "no image"]
+    in_process(
+        "experiments.controls.__main__",
+        *arguments,
+        "--stand_ins",
+        *names,
+        "--guides",
+        "RBM",
+        "linear",
+        "--candidates",
+        3,
+        cwd=tmp_path,
+    )
+    found = json.loads((tmp_path / "controls.json").read_text())
+    assert set(found["systems"]) == {"RBM", "RBM, with guide", "linear", "linear, with guide", "no image"}
+    of_world = found["worlds"][pairs.name]
+    assert of_world["RBM"]["rbm_minus_it"]["CIDEr-D"]["difference"] == 0
+    assert of_world["BLIP"]["minus_blip"]["CIDEr-D"]["difference"] == 0
+    assert found["worlds"]["all"]["linear"]["measures"]["CIDEr-D"] > 0

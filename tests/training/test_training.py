@@ -17,6 +17,7 @@ from tests.conftest import VOCABULARY, WORD_IDS, random_image, tiny_tokenizer
 from tests.stages import in_process, process
 from training import tune_decoding
 from training.average_captioners import average
+from training.lib import decoding_rule
 from training.lib.captions import caption_rows, caption_tokens
 from training.lib.checkpoints import save_captioner
 from training.lib.data import CaptionWords, choose_words, fold_of, split_held_back
@@ -455,22 +456,19 @@ def test_onnx_runtime_says_the_same(saved_model, tmp_path):
     assert "ONNX Runtime says what PyTorch says" in out and (tmp_path / "onnx" / "decode.onnx").exists()
 
 
-def test_the_grid_of_rerank_counts_what_it_chooses(monkeypatch, capsys):
+def test_rerank_counts_what_it_chooses(monkeypatch, capsys):
     """Two images, three candidates each: what the score chooses is what CIDEr-D and vocabulary are of."""
     captions = [["a dog runs", "a dog", "an ibex"], ["a dog", "a dog runs", "a heron wades"]]
     cider = np.array([[0.3, 0.5, 0.2], [0.7, 0.4, 0.1]])
-    parts = {name: np.zeros((2, 3)) for name in ("log_prob", "pmi", *tune_decoding.SIMILARITIES)}
+    parts = {name: np.zeros((2, 3)) for name in ("log_prob", "pmi", "overlap", "jaccard")}
     parts |= {"length": np.ones((2, 3)), "cider": np.array([[0.1, 0.4, 0.2], [0.3, 0.2, 0.1]])}
     parts["rarity"] = np.array([[0, 0, 2], [0, 0, 2]])
-    grid = dict.fromkeys(tune_decoding.RERANK_GRID, (0.0,))
-    grid |= {"rbm_rerank_cider": (0.0, 1.0), "rbm_rerank_similarity": ("jaccard",)}
-    monkeypatch.setattr(tune_decoding, "RARITY", (0.0, 0.07, 9.0))
-    choices = tune_decoding.Choices(captions, parts, cider)
-    first, common = choices.tune(grid)
+    monkeypatch.setattr(decoding_rule, "RARITY", (0.0, 0.07, 9.0))
+    off = {name: values[0] for name, values in decoding_rule.RERANK_VALUES.items()} | decoding_rule.ALWAYS
+    choices = decoding_rule.Choices(captions, parts, cider)
+    first, common = choices.outcome(off), choices.outcome(off | {"rbm_rerank_cider": 1.0})
     assert first["cider"] == pytest.approx(50) and first["vocabulary"] == 3  # a, dog, runs
     assert common["cider"] == pytest.approx(60) and common["vocabulary"] == 2
-    assert tune_decoding.best_on_average([[first, common], [first | {"cider": 55}, common | {"cider": 54}]]) is common
-    assert tune_decoding.best_on_average([[first, common], [first | {"cider": 75}, common | {"cider": 54}]]) is first
     series = choices.with_rarity(common)
     assert [outcome["rbm_rerank_rarity"] for outcome in series] == [0.0, 0.07, 9.0]
     assert [outcome["vocabulary"] for outcome in series] == [2, 2, 5]  # an, ibex, a, heron, wades
@@ -481,3 +479,50 @@ def test_the_grid_of_rerank_counts_what_it_chooses(monkeypatch, capsys):
     assert tune_decoding.best_of_varied([series, other], 4.5) is series[2]
     assert tune_decoding.best_of_varied([other], 5) is other[1]
     assert "5 words was asked for, but none of these weights reaches it: 4 at most" in capsys.readouterr().out
+
+
+def rerank_choices(rng, images: int, **informed):
+    """Choices among five candidates of random CIDEr-D, of which each named part knows so much."""
+    cider = rng.normal(1, 0.5, (images, 5))
+    noise = lambda: rng.normal(0, 0.5, cider.shape)
+    parts = {name: informed.get(name, 0.0) * cider + noise() for name in ("pmi", "cider", "overlap", "jaccard")}
+    parts |= {"log_prob": noise(), "length": np.full(cider.shape, 7.0)}
+    return decoding_rule.Choices([["a dog"] * 5] * images, parts, cider)
+
+
+def test_a_weight_that_helps_is_found_and_others_stay_off():
+    rng = np.random.default_rng(3)
+    choices, fold = rerank_choices(rng, 307, cider=1.0), rng.integers(5, size=307)
+    chosen, report = decoding_rule.simplest_rule([({"rbm_guidance": 0.0}, choices)], fold)
+    assert chosen["rbm_rerank_cider"] > 0
+    assert all(chosen[name] == 0 for name in ("rbm_rerank_pmi", "rbm_rerank_consensus", "rbm_guidance"))
+    assert report[0]["below_best"] == 0 and all(len(rule["weights"]) <= 3 for rule in report)
+    assert report[0]["cider_held_out"] <= report[0]["cider"] + 1e-3  # chosen on other images
+
+
+def test_without_anything_to_know_no_weight_is_on():
+    rng = np.random.default_rng(5)
+    choices, fold = rerank_choices(rng, 211), rng.integers(5, size=211)
+    chosen, _ = decoding_rule.simplest_rule([({"rbm_guidance": 0.0}, choices)], fold)
+    assert (
+        chosen
+        == {"rbm_guidance": 0.0}
+        | {name: v[0] for name, v in decoding_rule.RERANK_VALUES.items()}
+        | decoding_rule.ALWAYS
+    )
+
+
+def test_guide_counts_as_a_weight():
+    """Better candidates come from guide: it is on, and with `most_weights` 1 nothing else is."""
+    rng = np.random.default_rng(7)
+    plain, guided, fold = (
+        rerank_choices(rng, 199, cider=1.0),
+        rerank_choices(rng, 199, cider=1.0),
+        rng.integers(5, size=199),
+    )
+    guided.cider += 0.9
+    guides = [({"rbm_guidance": 0.0}, plain), ({"rbm_guidance": 0.3}, guided)]
+    chosen, _ = decoding_rule.simplest_rule(guides, fold, most_weights=1)
+    assert chosen["rbm_guidance"] == 0.3 and chosen["rbm_rerank_cider"] == 0
+    chosen, _ = decoding_rule.simplest_rule(guides, fold)
+    assert chosen["rbm_guidance"] == 0.3 and chosen["rbm_rerank_cider"] > 0

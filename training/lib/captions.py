@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from modeling_blip_rbm import DecodingSettings
 from modeling_blip_rbm.configuration_blip_rbm import SIMILARITIES
 from modeling_blip_rbm.generation_blip_rbm import rerank_scores
+from modeling_blip_rbm.processors_blip_rbm import ChosenLogProb
 from training.lib.distributed import once_each
 from training.lib.pairs import unknown_token_message
 
@@ -101,20 +102,35 @@ def caption_rows(
 
 
 @torch.no_grad()
-def candidate_parts(model, processor, store, rows, n: int, batch_size: int = 8, **generate_kwargs):
-    """Of each image's n candidates: captions, and the parts of their scores as arrays (images, n).
+def candidates_of(model, encoding, n: int, logits_processor=(), **generate_kwargs):
+    """n candidates of each image: token ids (B * n, T), and what `score_captions` gives of them, summed while they were written.
 
     Candidates are beams, or samples with `do_sample=True`.
     """
+    beams = 1 if generate_kwargs.get("do_sample") else n
+    log_prob = ChosenLogProb(beams)
+    outputs = model.generate(
+        encoding=encoding,
+        num_return_sequences=n,
+        rbm_rerank=False,
+        return_dict_in_generate=True,
+        logits_processor=[log_prob, *logits_processor],
+        stopping_criteria=[log_prob.chosen],
+        **{"num_beams": beams} | generate_kwargs,
+    )
+    return outputs.sequences, model._score_generated(outputs, log_prob, prompt_length=1)
+
+
+@torch.no_grad()
+def candidate_parts(model, processor, store, rows, n: int, batch_size: int = 8, **generate_kwargs):
+    """Of each image's n candidates (`candidates_of`): captions, and the parts of their scores as arrays (images, n)."""
     captions, parts = [], []
-    if not generate_kwargs.get("do_sample"):
-        generate_kwargs["num_beams"] = n
     for start in tqdm(range(0, len(rows), batch_size), desc="candidates"):
         encoding = model.encode_image(vision_hidden_states=store.batch(rows[start : start + batch_size]))
-        sequences = model.generate(encoding=encoding, num_return_sequences=n, rbm_rerank=False, **generate_kwargs)
+        sequences, scored = candidates_of(model, encoding, n, **generate_kwargs)
         texts = processor.captions(sequences)
         captions += [texts[i : i + n] for i in range(0, len(texts), n)]
-        parts.append(model.candidate_parts(encoding, sequences, SIMILARITIES))
+        parts.append(model.candidate_parts(encoding, sequences, SIMILARITIES, scored))
     return captions, {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
 
