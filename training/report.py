@@ -30,6 +30,7 @@ MEASURES = {"CIDEr-D": ".1f", "BLEU-4": ".1f", "ROUGE-L": ".1f", "METEOR": ".1f"
 # Data sets on which the embedded model is measured, `benchmarks/results/captions_NAME.json`; captions_old_NAME.json, and of
 # Flickr8k captions_seed_0.json: the embedded model of 0.1.0, whose captioner saw Flickr8k alone.
 WORLDS = {"flickr8k": "Flickr8k", "web": "web photographs", "coco": "COCO, no image of it trained on"}
+CONTROLS = "experiments/controls/controls.json"
 WORLD_MEASURES = {name: form for name, form in MEASURES.items() if name != "novel"} | {
     "CHAIR-i": ".1f",
     "CHAIR-s": ".1f",
@@ -146,6 +147,46 @@ def worlds_cider_block(folder: str = BENCHMARKS) -> str:
         apart = [interval(one["difference"]["CIDEr-D"]) if one else "" for one in found]
         rows.append([f"{model}BLIP-RBM minus BLIP", *apart])
     return table(["CIDEr-D, 1,000 validation images each", *WORLDS.values()], rows) if rows else "Not measured yet."
+
+
+def best_control(together: dict) -> str:
+    """The system without an RBM that has the highest CIDEr-D."""
+    return max(
+        (s for s in together if s != "BLIP" and not s.startswith("RBM")),
+        key=lambda s: together[s]["measures"]["CIDEr-D"],
+    )
+
+
+def controls_block(file: str = CONTROLS) -> str:
+    """What stands in the RBM's place, CIDEr-D of each world, and what the RBM is above it on all images together."""
+    worlds, rows = read(file)["worlds"], []
+    for system, entry in worlds["all"].items():
+        cells = [f"{worlds[world][system]['measures']['CIDEr-D']:.1f}" for world in worlds]
+        apart = [interval(entry["rbm_minus_it"][measure]) for measure in ("CIDEr-D", "BLEU-4", "ROUGE-L", "CHAIR-i")]
+        rows.append([system, *cells, interval(entry["minus_blip"]["CIDEr-D"]), *apart])
+    named = [WORLDS.get(world, world) for world in worlds]
+    header = [
+        "in the RBM's place",
+        *named,
+        "minus BLIP",
+        *(f"RBM minus it, {m}" for m in ("CIDEr-D", "BLEU-4", "ROUGE-L", "CHAIR-i")),
+    ]
+    return table(header, rows)
+
+
+def control_block(file: str = CONTROLS) -> str:
+    """The sentence of what the RBM adds to the best control."""
+    together = read(file)["worlds"]["all"]
+    best = best_control(together)
+    ours = next(name for name in ("RBM, with guide", "RBM") if name in together)
+    difference = together[best]["rbm_minus_it"]["CIDEr-D"]
+    verdict = "these images do not tell them apart"
+    if difference["low"] > 0 or difference["high"] < 0:
+        verdict = "the RBM adds to it" if difference["low"] > 0 else "the control is better"
+    return (
+        f"The best control ({best}) is {interval(together[best]['minus_blip']['CIDEr-D'])} CIDEr-D above BLIP on the three kinds of photographs "
+        f"together, BLIP-RBM {interval(together[ours]['minus_blip']['CIDEr-D'])}. BLIP-RBM minus the control is {interval(difference)}: {verdict}."
+    )
 
 
 def diversity_block() -> str:
@@ -373,6 +414,8 @@ def blocks() -> dict[str, str]:
         "varied": seeds_block("varied"),
         "worlds": worlds_block(),
         "worlds_cider": worlds_cider_block(),
+        "controls": controls_block(),
+        "control": control_block(),
         "diversity": diversity_block(),
         "confidence": confidence_block(),
         "speed": speed_block(),

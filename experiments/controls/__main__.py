@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 
-from experiments.controls.stand_ins import STAND_INS, Images, StandIn
+from experiments.controls.stand_ins import STAND_INS, Images, StandIn, class_evidence
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from modeling_blip_rbm.configuration_blip_rbm import SIMILARITIES
 from modeling_blip_rbm.generation_blip_rbm import caption_similarity, consensus
@@ -147,10 +147,13 @@ def gather(model, processor, data: DataArguments, worlds: list[str], split: str)
             torch.cat([store.batch(rows[i : i + 256], view).mean(1) for i in range(0, len(rows), 256)])
             for view in range(views)
         ]
+        evidence = None
+        if model.class_tokens is not None:
+            evidence = class_evidence(model.class_tokens, pooled[0], config.rbm_word_ids)
         mean, std = scale or (pooled[0].mean(0), pooled[0].std(0))
         pooled = [(x - mean) / std.clamp(min=1e-6) for x in pooled]
         words = caption_words(processor.tokenizer, captions, config.rbm_word_ids)
-        made = Images(captions, words, pooled, [], store, rows, config.rbm_pooling)
+        made = Images(captions, words, pooled, [], store, rows, config.rbm_pooling, evidence)
         made.hidden_input = [made.hidden_input_of(rbm, view) for view in range(views)]
         return made, (mean, std)
 
@@ -286,8 +289,10 @@ def main():
 
 
 def compare(said: dict[str, dict[str, list[str]]], sets: dict[str, Images]) -> dict:
-    """Of each world, and of all together, the measures of each system, and each less BLIP and less the RBM, with intervals."""
+    """Of each world, and of all together, the measures of each system, and each less BLIP and less the RBM, with guide where it
+    was tried, with intervals."""
     worlds = list(said["BLIP"])
+    ours = next((name for name in ("RBM, with guide", "RBM") if name in said), None)
     scores = {s: {w: per_image(said[s][w], sets[w].captions) for w in worlds} for s in said}
     result = {}
     for world in [*worlds, "all"]:
@@ -301,7 +306,7 @@ def compare(said: dict[str, dict[str, list[str]]], sets: dict[str, Images]) -> d
             system: {
                 "measures": entry["measures"],
                 "minus_blip": differences(entry["scores"], part["BLIP"]["scores"]),
-                "rbm_minus_it": differences(part["RBM"]["scores"], entry["scores"]) if "RBM" in part else None,
+                "rbm_minus_it": differences(part[ours]["scores"], entry["scores"]) if ours else None,
             }
             for system, entry in part.items()
         }

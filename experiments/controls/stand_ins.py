@@ -34,6 +34,7 @@ class Images:
     tokens: object  # `FeatureStore` of which these images are the `rows`
     rows: np.ndarray
     pooling: str = "tokens"  # of the RBM
+    class_evidence: Optional[torch.Tensor] = None  # (n, K) of the tower's own classification head, see `class_evidence`
 
     @torch.no_grad()
     def hidden_input_of(self, rbm: JointRBM, view: int, count: Optional[int] = None, size: int = 256) -> torch.Tensor:
@@ -251,9 +252,29 @@ def both(rbm: JointRBM) -> StandIn:
     return StandIn(features, ours.information)
 
 
+def class_evidence(class_tokens, tokens_mean: torch.Tensor, word_ids: list[int], least: float = 0.01) -> torch.Tensor:
+    """(n, K) log P(word's classes | image) / P(word's classes), in nats, of the RBM's words that name classes of the tower's own head; 0 for the
+    others. `least`: probabilities are not told apart below it."""
+    share = class_tokens.word_probabilities(tokens_mean[:, None])
+    share = torch.log((share + least) / (share.mean(0) + least))
+    evidence, column = torch.zeros(len(share), len(word_ids)), {word: k for k, word in enumerate(word_ids)}
+    for number, word in enumerate(class_tokens.word_ids.tolist()):
+        if word in column:
+            evidence[:, column[word]] = share[:, number]
+    return evidence
+
+
+def with_class_words(rbm: JointRBM) -> StandIn:
+    """The RBM, and what the tower's own classification head says of a caption's words, added to its PMI."""
+    ours = trained_rbm(rbm)
+    evidence = lambda images, w: torch.einsum("nmk,nk->nm", w, images.class_evidence)
+    return StandIn(ours.features, lambda images, w: ours.information(images, w) + evidence(images, w))
+
+
 STAND_INS = {
     "RBM": lambda rbm, train, held, share: trained_rbm(rbm),
     "RBM, phrases on causes and pooled image": lambda rbm, train, held, share: both(rbm),
+    "RBM and class words": lambda rbm, train, held, share: with_class_words(rbm),
     "untrained RBM": lambda rbm, train, held, share: untrained_rbm(rbm, train, held, share),
     "linear": lambda rbm, train, held, share: linear(train, held, share),
     "PCA": lambda rbm, train, held, share: pca(train, held, share, rbm.hidden_size),
