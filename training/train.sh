@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# checkpoints/blip-rbm-small again, in runs/blip-rbm-small: 2 hours on two cores with AMX. training/README.md says what each stage is for.
+# checkpoints/blip-rbm-small again, in runs/blip-rbm-small: 3 hours on two cores. training/README.md says what each stage is for.
 # A stage that is stopped goes on from its last checkpoint; one whose result is there is passed over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,8 +30,10 @@ stage $RUNS/pretrain/captioner.json train_captioner training/recipes/pretrain.ya
     --dataset "$HUMAN" "$WEB,source=web" $(texts 0.08) --output_dir $RUNS/pretrain
 stage $RUNS/finetune/captioner.json train_captioner training/recipes/finetune.yaml --model $RUNS/pretrain/best \
     --dataset "$HUMAN" "$WEB" $(texts 0.12) --output_dir $RUNS/finetune
+stage $RUNS/tower/captioner.json train_captioner training/recipes/tower.yaml --model $RUNS/finetune/best \
+    --dataset "$HUMAN" "$WEB" $(texts 0.08) --output_dir $RUNS/tower
 # the RBM, its phrases, and the weights of guide and re-rank
-stage $RUNS/rbm/rbm.json train_rbm training/recipes/rbm-small.yaml --model $RUNS/finetune/best --dataset "$HUMAN" "$WEB" --output_dir $RUNS/rbm
+stage $RUNS/rbm/rbm.json train_rbm training/recipes/rbm-small.yaml --model $RUNS/tower/best --dataset "$HUMAN" "$WEB" --output_dir $RUNS/rbm
 stage $RUNS/phrases/phrases.json fit_phrases --views 2 --held_back 1000 --model $RUNS/rbm/best --dataset "$HUMAN" "$WEB" \
     --output_dir $RUNS/phrases
 stage $RUNS/blip-rbm-small/tuning.json tune_decoding training/recipes/decoding-small.yaml --model $RUNS/phrases/best --dataset "$HUMAN" "$WEB" \
@@ -40,4 +42,4 @@ stage $RUNS/blip-rbm-small/tuning.json tune_decoding training/recipes/decoding-s
 stage $RUNS/match/capfilt.json capfilt --model $RUNS/blip-rbm-small --dataset "$HUMAN" --views 2 --held_back 500 --output_dir $RUNS/match
 stage $RUNS/blip-rbm-small/confidence.json evaluate_confidence --model $RUNS/blip-rbm-small --dataset "$HUMAN" \
     --output $RUNS/blip-rbm-small/confidence.json
-cp $RUNS/finetune/captioner.json $RUNS/rbm/rbm.json $RUNS/phrases/phrases.json $RUNS/blip-rbm-small/
+cp $RUNS/tower/captioner.json $RUNS/rbm/rbm.json $RUNS/phrases/phrases.json $RUNS/blip-rbm-small/

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Minimum-risk training from captioner-small-finish's best (make train makes it).
+# Minimum-risk training from the best of the captioner stage.
 set -euo pipefail
 . "$(dirname "$0")/../paths.sh"
 
