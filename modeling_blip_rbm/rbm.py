@@ -517,9 +517,15 @@ class JointRBM(nn.Module):
         x = (pooled.float() - self.image_mean.float()) / self.image_std.float()
         return torch.sigmoid(x) if self.visible_type == "binary" else x
 
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """a (B, H), the hidden input of pooled images (B, V) or tokens (B, N, V). Hooks of Accelerate and FSDP bring the parameters here for this call."""
-        return self.hidden_input(self.standardise(pooled))
+    def forward(self, pooled: torch.Tensor, places: bool = False):
+        """a (B, H), the hidden input of pooled images (B, V) or tokens (B, N, V); with `places` also A (B, N, H), `token_input` of tokens. Hooks of
+        Accelerate and FSDP bring the parameters here for this call."""
+        x = self.standardise(pooled)
+        if not places:
+            return self.hidden_input(x)
+        with own_precision(self.hidden_bias):
+            A = token_input(self.parameters_fp32, x)
+            return pooled_input(A), A
 
     def free_energy(self, x=None, w=None) -> torch.Tensor:
         """F (B,), see `free_energy`, and of tokens x (B, N, V) `token_free_energy`."""

@@ -157,8 +157,17 @@ class RBMLayer(nn.Module):
 
     def forward(self, tokens: torch.Tensor, image_embeds: torch.Tensor, refine: bool = True):
         """What the decoder attends to, (B, N, D) or (B, N + m, D), and the hidden input a (B, H) of tokens (B, N, C)."""
-        hidden_input = self.hidden_input(tokens)
-        return (self.refine(image_embeds, hidden_input) if refine else image_embeds), hidden_input
+        if not refine or not self.changes_images():
+            return image_embeds, self.hidden_input(tokens)
+        if self.pooling != "tokens":
+            hidden_input = self.hidden_input(tokens)
+            return self.refine(image_embeds, hidden_input), hidden_input
+        hidden_input, places = self.rbm(tokens, places=True)
+        return self.refine(image_embeds, hidden_input, places), hidden_input
+
+    def changes_images(self) -> bool:
+        """Whether refine may differ from the identity: the gate is open, or is being trained."""
+        return (self.gate.requires_grad and torch.is_grad_enabled()) or self.gate_is_open()
 
     def hidden_input(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, N, C) -> a (B, H)
         return self.rbm(pool_tokens(tokens, self.pooling))
@@ -174,11 +183,20 @@ class RBMLayer(nn.Module):
             self.gate_seen = state, bool(gate != 0)
         return self.gate_seen[1]
 
-    def refine(self, image_embeds: torch.Tensor, hidden_input: torch.Tensor) -> torch.Tensor:
-        """(B, N, D), or (B, N + m, D) with m cause tokens, of image_embeds (B, N, D) and a (B, H)."""
-        q = torch.sigmoid(hidden_input).to(self.shift.weight.dtype)
-        refined = image_embeds + (self.gate * self.shift(q))[:, None].to(image_embeds.dtype)
+    def refine(self, image_embeds: torch.Tensor, hidden_input: torch.Tensor, places=None) -> torch.Tensor:
+        """(B, M, D), or (B, M + m, D) with m cause tokens, of image_embeds (B, M, D) and a (B, H).
+
+        Args:
+            places A (B, N, H): of an RBM of tokens. Then each of the first N image_embeds is shifted by the causes at its own place,
+                sigmoid(A_n), and not all by those of the whole image.
+        """
+        dtype = self.shift.weight.dtype
+        shift = self.shift(torch.sigmoid(hidden_input[:, None] if places is None else places).to(dtype))
+        if places is not None:  # class tokens have no place
+            shift = F.pad(shift, (0, 0, 0, image_embeds.shape[1] - shift.shape[1]))
+        refined = image_embeds + (self.gate * shift).to(image_embeds.dtype)
         if self.cause_tokens and self.gate_is_open():  # a token of zeros would still draw attention
+            q = torch.sigmoid(hidden_input).to(dtype)
             tokens = (self.gate * self.causes(q)).view(len(q), self.cause_tokens, -1)
             refined = torch.cat([refined, tokens.to(refined.dtype)], 1)
         return refined

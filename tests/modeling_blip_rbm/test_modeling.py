@@ -346,6 +346,21 @@ def test_refine_changes_captions_only_when_its_gate_opens(model, pixel_values):
     assert torch.equal(model.generate(pixel_values, rbm=False), plain)
 
 
+def test_an_rbm_of_tokens_refines_each_token_by_its_own_causes(blip, pixel_values):
+    model = BlipRBMForConditionalGeneration.from_blip(blip, **RBM_SETTINGS, rbm_pooling="tokens")
+    randomise(model.rbm_layer)
+    plain = model.encode_image(pixel_values, rbm=False).image_embeds
+    with torch.no_grad():
+        model.rbm_layer.gate.fill_(0.7)
+        refined, hidden_input = model.encode_image(pixel_values)
+        rbm = model.rbm_layer.rbm
+        for place in (0, 4):  # a token alone: its own causes are those of an image that has no other
+            own = rbm(plain[:, place : place + 1])
+            expected = plain[:, place] + 0.7 * model.rbm_layer.shift(torch.sigmoid(own))
+            torch.testing.assert_close(refined[:, place], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden_input, model.encode_image(pixel_values, rbm=False).hidden_input)
+
+
 def test_cause_tokens_stand_beside_the_images(blip, pixel_values, tmp_path):
     model = BlipRBMForConditionalGeneration.from_blip(blip, **RBM_SETTINGS, rbm_cause_tokens=3)
     randomise(model.rbm_layer)

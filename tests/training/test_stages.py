@@ -167,8 +167,8 @@ def test_an_adapter_in_refines_place(work, data):
         in_process("experiments.mlp_adapter.train_adapter", *adapter, "--parts", "lora", cwd=work)
     out = in_process("experiments.mlp_adapter.train_adapter", *adapter, "--parts", "refine", cwd=work)
     width, images, hidden = 28, 2 * 22, 7  # of the decoder, the pooled image, the RBM
-    bottleneck = round(hidden * 3 * width / (images + 3 * width))
-    assert f"training refine: {bottleneck * (images + 3 * width) + 1:,} parameters" in out
+    of_map = lambda outputs: round(hidden * outputs / (images + outputs)) * (images + outputs)
+    assert f"training refine: {of_map(width) + of_map(2 * width) + 1:,} parameters" in out
     assert (work / "adapter" / "captioner.json").exists()
 
 
