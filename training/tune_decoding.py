@@ -58,7 +58,7 @@ class TuningArguments:
     )
     most_weights: int = field(default=3, metadata={"help": "weights of guide and re-rank that may be on together"})
     folds: int = field(
-        default=5, metadata={"help": "parts of the held-back images, by which the weights are cross-validated"}
+        default=10, metadata={"help": "parts of the held-back images, by which the weights are cross-validated"}
     )
     rerank_vocabulary: float = field(
         default=0.0,

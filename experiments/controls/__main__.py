@@ -277,7 +277,7 @@ def main():
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     train, sets, held_ids = gather(model, processor, data, args.worlds, args.split)
-    comparison = Comparison(model, processor, train, sets, fold_of(held_ids, 5), args)
+    comparison = Comparison(model, processor, train, sets, fold_of(held_ids, 10), args)
     said, settings = {"BLIP": comparison.baseline()}, {}
     for name in args.stand_ins:
         fitted = comparison.fitted(name)

@@ -1,7 +1,7 @@
 """Which weights of guide and re-rank: no more of them than the held-back images can tell apart.
 
 A weight that is off has the first of its values. A *rule* is a set of weights that may be on, at most `most_weights` of them. Each rule is
-judged by cross-validation over images: its values are chosen on four fifths of them and measured on the last. Of all rules that
+judged by cross-validation over images: its values are chosen on all parts of them but one, and measured on that. Of all rules that
 are within one standard error of the best the one with the fewest weights is taken (the "one standard error" rule of Breiman, Friedman,
 Olshen & Stone, Classification and Regression Trees, 1984), and its values are then chosen on all images. A grid of
 seven weights owes a point of CIDEr-D to the images that it was chosen on.
