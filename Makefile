@@ -21,7 +21,7 @@ RUN = .venv/bin/python
 EMBEDDED = checkpoints/blip-rbm-small
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app tutorial test test-min test-slow test-hf check train evaluate publish report clean
+.PHONY: help demo app tutorial test test-min test-slow test-app test-hf check train evaluate publish report clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,10 @@ test-min: .venv-min/installed  ## the model's tests on transformers 4.57, in an 
 
 test-slow: .venv/installed  ## the checks that take minutes
 	$(RUN) -m pytest -q -m slow
+
+test-app: .venv-app/installed  ## the window in a real Chromium (apt install chromium): minutes
+	.venv-app/bin/pip install --quiet $(PIP_FLAGS) -e '.[demo,heic,training]' pytest playwright
+	.venv-app/bin/python -m pytest -q -m slow tests/test_app.py
 
 test-hf: .venv/installed  ## transformers' own common tests on our class and on stock BLIP: a table (fetches its source distribution)
 	.venv/bin/pip install --quiet $(PIP_FLAGS) -r tests/transformers_tests/requirements.txt

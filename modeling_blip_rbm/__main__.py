@@ -46,6 +46,7 @@ def main(argv=None) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # large photographs are decoded smaller
+    warnings.filterwarnings("ignore", module="transformers")  # advice to those who write the code
     read_heic()
     try:
         return args.run(args)

@@ -12,16 +12,18 @@ from PIL import Image
 
 # Formats of Pillow that hold no photograph, that it only recognises, or for which it runs another program.
 NO_PHOTOGRAPHS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-# Photographs that Pillow cannot read: tried all the same, so that they are named and not passed over.
-UNREADABLE = (".heic", ".heif", ".hif", ".jxl", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
+# Photographs that Pillow, or one without plugins, cannot read: tried all the same, so that they are named and not passed over.
+UNREADABLE = (".avif", ".heic", ".heif", ".hif", ".jxl", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 LITTER = ("__MACOSX",)  # besides what is hidden, such as macOS's ._photo.jpg and Jupyter's .ipynb_checkpoints
-ARCHIVES = {".zip": "zip", ".tar": "tar", ".tgz": "tar", ".tar.gz": "tar", ".tar.bz2": "tar"}  # and fsspec's name
+# fsspec's name of each kind of archive
+ARCHIVES = {".zip": "zip"} | dict.fromkeys((".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz"), "tar")
 
 
 @lru_cache(4)
 def _archive(path: Path, kind: str):
     """An archive as fsspec's file system. It stays open: a shard's images are read one after the other."""
-    return fsspec.filesystem(kind, fo=str(path))
+    how = {"compression": "gzip"} if path.suffix.lower() == ".tgz" else {}  # fsspec knows the others by their names
+    return fsspec.filesystem(kind, fo=str(path), **how)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ LEAST_SIDE = 1024  # to which a large image is halved at most
 MOST_BYTES = 200_000_000  # of a file from the network
 ROWS_AT_ONCE = 256  # of deep images, while they are made 8 bits deep
 ROUNDING = 1e-3  # of floats that resizing left a little outside [0, 1]
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 ORIENTATION = 0x0112  # in EXIF
 NO_CHAT = "BLIP-RBM captions images and holds no conversation: give it the image itself, and as text how the caption begins, such as 'a photo of'"
 NORMALISED = "it looks normalised already: give such a tensor to the model as pixel_values, and to the processor the image itself"
@@ -65,10 +66,21 @@ def load_image(image, timeout: float | None = 30.0) -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        hint = "; for HEIC, `pip install pillow-heif`" if name.lower().endswith((".heic", ".heif", ".hif")) else ""
+        hint = "; for HEIC, `pip install pillow-heif`" if _is_unread_heic(image, name) else ""
         raise ValueError(f"{name}: not an image, or of a kind that Pillow cannot read{hint}") from None
     except (OSError, SyntaxError, EOFError, TypeError, ValueError, MemoryError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: cannot be read as an image ({error})") from None
+
+
+def _is_unread_heic(image, name: str) -> bool:
+    """Whether a file is HEIC by its name or, as phones also call it photo.jpg, by its first bytes, and nothing is there that reads it."""
+    if ".heic" in Image.registered_extensions():
+        return False
+    if isinstance(image, Path) or (isinstance(image, str) and os.path.isfile(image)):
+        with open(image, "rb") as file:
+            image = file.read(12)
+    brand = bytes(image[8:12]) if isinstance(image, (bytes, bytearray, memoryview)) and image[4:8] == b"ftyp" else b""
+    return brand in HEIC_BRANDS or name.lower().endswith((".heic", ".heif", ".hif"))
 
 
 def _name(image) -> str:

@@ -1,4 +1,4 @@
-"""The window, in a real browser: needs Gradio, playwright and a Chromium (`pip install gradio playwright`, `apt install chromium`)."""
+"""The window, in a real browser: `make test-app`. It needs Gradio, playwright and a Chromium, and is skipped without them."""
 
 import os
 import shutil

@@ -1,6 +1,7 @@
 """Arguments that the commands share, and how their values are checked."""
 
 import argparse
+import codecs
 import math
 import os
 import sys
@@ -100,6 +101,7 @@ def named_on_input(paths: list[str]) -> list[str]:
         content = content if isinstance(content, bytes) else os.fsencode(content)
         if content.startswith(IMAGE_STARTS):
             raise ValueError("standard input is an image, but names of files are read there, one a line: give the file")
+        content = content.removeprefix(codecs.BOM_UTF8)  # of lists that Windows writes
         names = content.split(b"\0") if b"\0" in content else content.splitlines()
         named += [os.fsdecode(name) for name in names if name.strip()]
     return named

@@ -56,11 +56,10 @@ def caption_command(args) -> int:
     images = images[rank::processes]
     output = new_output(args, (rank, processes))
     if isinstance(output, Beside):
-        for image in images:
-            output.file(image)  # raises for one that has no place beside it
+        output.check(images)
     failed = args.failed if processes == 1 else args.failed.with_suffix(f".{rank}{args.failed.suffix}")
-    report = Report(failed if args.output else None)
     with output:
+        report = Report(failed if args.output else None)
         try:
             left = [image for image in images if not output.has(image)]
             report.counts["skipped"] = len(images) - len(left)
@@ -166,7 +165,7 @@ def generation_settings(args) -> dict:
     if args.min_length and args.max_length and args.min_length > args.max_length:
         raise ValueError(f"--min-length {args.min_length} is more than --max-length {args.max_length}")
     for name in ("prefix", "suffix"):
-        if len(getattr(args, name).splitlines()) > 1:
+        if getattr(args, name).splitlines() not in ([], [getattr(args, name)]):
             raise ValueError(f"--{name} has several lines, but a caption is one")
     if args.output is not None and args.json:
         raise ValueError("--json is the form of standard output, and --output names a file: give one of them")

@@ -42,13 +42,22 @@ class Report:
     Args:
         failed_file: where a line {"image", "error"} is written for each image that could not be captioned; None: nowhere. The file is made
             with the first of them; one of an earlier run is removed.
+
+    Raises:
+        ValueError: if the file is somebody else's, or cannot be written.
     """
 
     def __init__(self, failed_file: Path | None = None):
         self.counts, self.reasons, self.start = Counter(), Counter(), time.monotonic()
         self.failed_file, self._failed = failed_file, None
-        if failed_file is not None and _is_report(failed_file):
+        if failed_file is None:
+            return
+        if _is_report(failed_file):
             failed_file.unlink()
+        elif failed_file.is_file() and failed_file.stat().st_size:
+            raise ValueError(f"{failed_file} is there, but is no list of failed images: give --failed another name")
+        if not os.access(failed_file if failed_file.exists() else failed_file.parent, os.W_OK):
+            raise ValueError(f"{failed_file}: cannot be written there: give --failed another place")
 
     def fail(self, image, error):
         """An image that could not be read, in one line on standard error, and in the file of those that failed."""

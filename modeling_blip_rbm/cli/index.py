@@ -76,8 +76,13 @@ class Index:
         names = {file: file.relative_to(self.folder).as_posix() for file in files}
         missing = [file for file in files if not self._knows(file, names[file])]
         self.rows = {names[file]: self.rows[names[file]] for file in files if names[file] in self.rows}
-        read = lambda file: (state_of(file), processor(images=file)["pixel_values"])
         waiting = []
+
+        def read(file):
+            state = (
+                state_of(file) if os.path.exists(file) else ""
+            )  # the processor says of a link to nothing what is wrong
+            return state, processor(images=file)["pixel_values"]
 
         def look_at_waiting():
             a, energy = look_at(model, torch.cat([pixels for _, _, pixels in waiting]))

@@ -61,8 +61,17 @@ class Beside(Printed):
         """
         if not isinstance(source, Path):
             raise ValueError(f"{source}: --output txt writes beside images in folders only: choose captions.jsonl")
-        shared = _images_of_name(source.parent)[source.stem] > 1
+        shared = _images_of_name(source.parent)[source.stem] > 1 or source.suffix.lower() == ".txt"
         return source.with_name(f"{source.name}.txt") if shared else source.with_suffix(".txt")
+
+    def check(self, sources: list):
+        """
+        Raises:
+            ValueError: if there is no place beside one of the images.
+        """
+        for folder in {self.file(source).parent for source in sources}:
+            if folder.is_dir() and not os.access(folder, os.W_OK):
+                raise ValueError(f"{folder}: no text file can be written there: choose --output captions.jsonl")
 
     def write(self, source, record: dict):
         lines = [caption["generated_text"] for caption in record["captions"]]
@@ -79,7 +88,10 @@ class Beside(Printed):
 @lru_cache
 def _images_of_name(folder: Path) -> Counter:
     """How many images of a folder have each name without its ending."""
-    names = [Path(name) for name in os.listdir(folder)]
+    try:
+        names = [Path(name) for name in os.listdir(folder)]
+    except OSError:  # said where the image is read
+        return Counter()
     return Counter(name.stem for name in names if name.suffix.lower() in image_endings())
 
 
@@ -117,9 +129,9 @@ class Table:
         self._mine = _locked(self.journal, wait=False)
         for journal in self._journals() if self.alone else [self.journal]:
             if journal == self.journal:
-                self._take_in(journal, "append")
+                self._take_in(journal)
             elif lock := _locked(journal, wait=False, needed=False):
-                self._take_in(journal, "append")
+                self._take_in(journal)
                 lock.release()
         if self.existing == "skip" and self.path.exists():
             self.done = {record["image"] for record in self.reader(self.path)}
@@ -130,7 +142,7 @@ class Table:
 
     def __exit__(self, *error):
         self._lines.close()
-        self._take_in(self.journal, self.existing)
+        self._take_in(self.journal)
         self._mine.release()
 
     def _journals(self) -> list[Path]:
@@ -142,6 +154,12 @@ class Table:
         """What the table calls an image: its path from the table's folder, so that both can be moved together."""
         if isinstance(source, str):
             return source
+        name = self._from_here(source)
+        if self.path.suffix.lower() == ".parquet":  # which holds UTF-8 only, and a name is to be known again
+            name = name.encode("utf-8", "backslashreplace").decode()
+        return name
+
+    def _from_here(self, source: Path | Member) -> str:
         archive, inside = (
             (source.archive, str(source).removeprefix(str(source.archive)))
             if isinstance(source, Member)
@@ -156,21 +174,22 @@ class Table:
         return self.name(source) in self.done
 
     def write(self, source, record: dict):
-        self._lines.write(record_line(record | {"image": self.name(source)}))
+        self._lines.write(record_line(record | {"image": self.name(source), "existing": self.existing}))
         self._lines.flush()
 
-    def _take_in(self, journal: Path, existing: str):
-        """The journal's lines become the file's, which is written anew and renamed."""
+    def _take_in(self, journal: Path):
+        """The journal's lines become the file's, which is written anew and renamed. What is not appended replaces what the file has of an image,
+        so that a journal whose run was killed after the renaming can be taken in again."""
         if not journal.is_file():
             return
         if journal.stat().st_size:
             lock = _locked(self.path, wait=True)
             old = self.reader(self.path) if self.path.exists() else ()
-            if existing == "overwrite":
-                fresh = {record["image"] for record in read_jsonl(journal)}
-                old = (record for record in old if record["image"] not in fresh)
+            replaced = {entry["image"] for entry in read_jsonl(journal) if entry.get("existing") != "append"}
+            old = (record for record in old if record["image"] not in replaced)
+            new = ({name: entry[name] for name in entry if name != "existing"} for entry in read_jsonl(journal))
             whole = journal.with_suffix(".whole")
-            self.writer(whole, chain(old, read_jsonl(journal)))
+            self.writer(whole, chain(old, new))
             os.replace(whole, self.path)
             lock.release()
         journal.unlink()

@@ -144,7 +144,7 @@ def write_parquet(file: Path, records: Iterable[dict]):
     with parquet().ParquetWriter(file, schema) as table:
         records = iter(records)
         while rows := list(islice(records, ROWS_AT_ONCE)):
-            columns = {"image": [row["image"].encode("utf-8", "backslashreplace").decode() for row in rows]}
+            columns = {"image": [row["image"] for row in rows]}
             for column, name in {"captions": "generated_text", "scores": "score", "confidences": "confidence"}.items():
                 columns[column] = [[caption.get(name) for caption in row["captions"]] for row in rows]
             table.write_table(pyarrow.table(columns, schema=schema))

@@ -3,16 +3,23 @@
 import csv
 import io
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, features
 
-from modeling_blip_rbm import BlipRBMForConditionalGeneration
+from modeling_blip_rbm import BlipRBMForConditionalGeneration, load_image
 from modeling_blip_rbm.__main__ import main
 from modeling_blip_rbm.cli.caption import BatchSize, with_affixes
 from modeling_blip_rbm.cli.outputs import Beside, Table
@@ -23,6 +30,8 @@ from training.lib.readers import Columns, caption_values, read_source
 
 NAMES = ("a.png", "b.jpg", "more/c.png")
 TABLES = ("captions.jsonl", "captions.csv", "captions.json", "captions.parquet")
+FORKS = multiprocessing.get_context("forkserver")  # processes of their own, for which everything is imported once
+FORKS.set_forkserver_preload(["modeling_blip_rbm.__main__"])
 
 
 @pytest.fixture
@@ -116,6 +125,82 @@ def test_ctrl_c_keeps_everything_and_a_second_start_finishes(caption, photos, mo
     assert "2 captioned, 1 skipped" in caption(photos, "--output", table).err
 
 
+def written(output: Path) -> int:
+    """Captions that a run under way has put on disk: lines of the journal, or text files in a folder."""
+    if output.is_dir():
+        return sum(file.stat().st_size > 0 for file in output.glob("*.txt"))
+    journal = Path(f"{output}.part")
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+@pytest.mark.parametrize("name", ["txt", *TABLES])
+def test_a_process_that_is_stopped_loses_nothing_and_a_second_start_finishes(name, how, caption, saved_model, tmp_path):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    folder, images = tmp_path / "many", 61
+    folder.mkdir()
+    for i in range(images):
+        random_image(seed=i).save(folder / f"{i}.png")
+    output = folder if name == "txt" else tmp_path / name
+    options = [folder, "--output", "txt" if name == "txt" else output, "--failed", tmp_path / "failed.jsonl"]
+    options += ["--max-length", 3, "--batch-size", 1]
+    command = ["caption", *options, "--model", saved_model, "--prefix", "first"]
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # the jobs of a shell's background ignore it, and what they start
+    process = FORKS.Process(target=main, args=([str(one) for one in command],))
+    process.start()
+    while written(output) < 5:
+        assert process.is_alive()
+        time.sleep(0.001)
+    before = written(output)
+    os.kill(process.pid, how)
+    process.join(60)
+    assert process.exitcode == (-how if how == signal.SIGKILL else 0)  # at Ctrl-C `main` returns
+    kept = written(output) if how == signal.SIGKILL or name == "txt" else len(read_back(output, tmp_path))
+    assert 5 <= before <= kept < images
+    result = caption(*options, "--prefix", "second")
+    assert result.code == 0 and f"{images - kept} captioned, {kept} skipped" in result.err
+    captions = read_back(output, folder if name == "txt" else tmp_path)
+    begins = [caption.split()[0] for [caption] in captions.values()]  # one each
+    assert len(captions) == images and begins.count("first") == kept and begins.count("second") == images - kept
+    assert not [file for file in tmp_path.rglob("*") if file.suffix in (".part", ".whole")]
+
+
+@pytest.mark.parametrize("existing, meant", [("overwrite", ["new"]), ("append", ["old", "new"])])
+def test_a_journal_that_was_left_is_taken_in_as_its_run_meant_it(existing, meant, tmp_path):
+    table, image = tmp_path / "captions.csv", tmp_path / "a.png"
+    says = lambda text: {"captions": [{"generated_text": text}]}
+    with Table(table, "skip") as first:
+        first.write(image, says("old"))
+    before = table.read_bytes()
+    with Table(table, existing) as killed:
+        killed.write(image, says("new"))
+        journal = killed.journal.read_bytes()
+    assert read_back(table, tmp_path) == {"a.png": meant}
+    table.write_bytes(before)
+    killed.journal.write_bytes(journal)
+    with Table(table, "skip") as second:
+        assert second.has(image)
+    assert read_back(table, tmp_path) == {"a.png": meant}
+    if existing == "overwrite":  # killed when the file was renamed already
+        killed.journal.write_bytes(journal)
+        with Table(table, "skip"):
+            pass
+        assert read_back(table, tmp_path) == {"a.png": meant}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("name", TABLES)
+def test_names_that_are_no_unicode_are_known_again(name, caption, photos):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    random_image(seed=3).save(photos / os.fsdecode(b"caf\xe9.png"))
+    assert "4 captioned" in caption(photos, "--output", name).err
+    assert "0 captioned, 4 skipped" in caption(photos, "--output", name).err
+
+
 def test_a_journal_left_by_a_power_cut_is_taken_in(caption, photos):
     table = photos.parent / "captions.jsonl"
     entry = {"image": "photos/a.png", "captions": [{"generated_text": "kept"}]}
@@ -204,8 +289,33 @@ def test_failures_are_listed_and_the_list_is_renewed(caption, photos):
     for name in ("d.jpg", "e.jpg"):
         (photos / name).unlink()
     assert caption(photos, "--output", "txt").code == 0 and not Path("failed.jsonl").exists()
-    Path("failed.jsonl").write_text('{"my": "own file"}\n')
-    assert caption(photos, "--output", "txt").code == 0 and Path("failed.jsonl").exists()
+
+
+def test_a_list_of_failures_that_cannot_be_written_is_known_before(caption, photos):
+    for content in ('{"my": "own file"}\n', "notes\n"):
+        Path("failed.jsonl").write_text(content)
+        result = caption(photos, "--output", "txt")
+        assert result.code == 2 and "give --failed another name" in result.err
+        assert Path("failed.jsonl").read_text() == content and not list(photos.rglob("*.txt"))
+    result = caption(photos, "--output", "txt", "--failed", "no folder/failed.jsonl")
+    assert result.code == 2 and "give --failed another place" in result.err and len(result.err.splitlines()) == 1
+
+
+def test_text_files_have_a_place(caption, photos, monkeypatch):
+    result = caption(photos / "gone" / "a.png", photos / "b.jpg", "--output", "txt")
+    assert result.code == 2 and "gone/a.png: no such file" in result.err and (photos / "b.txt").is_file()
+    shutil.copy(photos / "a.png", photos / "an image.txt")
+    caption(photos / "an image.txt", "--output", "txt", "--existing", "overwrite")
+    assert (photos / "an image.txt").read_bytes() == (photos / "a.png").read_bytes()
+    assert (photos / "an image.txt.txt").is_file()
+    monkeypatch.setattr(os, "access", lambda folder, mode: Path(folder) != photos / "more")  # root may write anywhere
+    result = caption(photos, "--output", "txt")
+    assert result.code == 2 and f"{photos / 'more'}: no text file can be written there" in result.err
+
+
+def test_advice_to_programmers_is_not_shown(caption, photos, recwarn):
+    assert caption(photos / "a.png").code == 0
+    assert not [warning for warning in recwarn if "transformers" in warning.filename]
 
 
 def test_confidence(caption, photos, model, saved_model):
@@ -230,18 +340,66 @@ def test_standard_input_patterns_and_archives(caption, photos, monkeypatch):
     assert caption("-").lines == plain
     piped(f"{photos}/a.png\0{photos}/more/c.png\0".encode())
     assert caption("-").lines == plain
+    piped(f"\ufeff{photos}/a.png\r\n  \r\n{photos}/more\r\n".encode())  # as Windows writes it
+    assert caption("-").lines == plain
     assert caption(f"{photos}/**/*.png").lines == plain and caption(f"{photos}/*r?").lines == plain[1:]
     assert "no image has a name" in caption(f"{photos}/*.gif").err
     piped((photos / "b.jpg").read_bytes())
     assert "standard input is an image" in caption("-").err
-    for kind in ("zip", "tar", "gztar"):
-        archive = shutil.make_archive(str(photos.parent / f"shard-{kind}"), kind, photos)
+    archives = [
+        shutil.make_archive(f"{photos.parent}/shard", kind, photos) for kind in ("zip", "tar", "gztar", "xztar")
+    ]
+    archives.append(shutil.copy(archives[2], photos.parent / "shard.tgz"))
+    for archive in map(str, archives):
         lines = caption(archive).lines
         assert [line.partition(": ")[0] for line in lines] == [f"{archive}/{name}" for name in NAMES]
         assert [lines[0].partition(": ")[2], lines[2].partition(": ")[2]] == [p.partition(": ")[2] for p in plain]
     (photos.parent / "half.zip").write_bytes(b"PK\3\4 and no more")
     assert "cannot be read as an archive" in caption(photos.parent / "half.zip").err
     assert "--output txt writes beside" in caption(archive, "--output", "txt").err
+
+
+def test_avif_and_heic(caption, photos):
+    """HEIC through pillow-heif, where that is installed; AVIF through Pillow's own codec, where it has one."""
+    read = [kind for kind, there in (("avif", features.check("avif")), ("heic", heic_plugin() is not None)) if there]
+    if not read:
+        pytest.skip("neither Pillow's AVIF nor pillow-heif is there")
+    image = Image.linear_gradient("L").resize((53, 37)).convert("RGB")
+    for kind in read:
+        image.save(photos / "more" / f"z.{kind}", quality=100)
+        with zipfile.ZipFile(photos / f"{kind}.zip", "w") as archive:
+            archive.write(photos / "more" / f"z.{kind}", f"z.{kind}")
+        off = np.asarray(load_image(photos / "more" / f"z.{kind}"), float) - np.asarray(image, float)
+        assert off.shape == (37, 53, 3) and np.abs(off).max() < 9
+        result = caption(photos / "more", photos / f"{kind}.zip")
+        assert result.code == 0 and len({line.partition(": ")[2] for line in result.lines if f"z.{kind}" in line}) == 1
+        assert sum(f"z.{kind}: " in line for line in result.lines) == 2
+
+
+def heic_plugin():
+    try:
+        import pillow_heif
+    except ImportError:
+        return None
+    pillow_heif.register_heif_opener()
+    return pillow_heif
+
+
+def test_heic_without_the_plugin_is_one_line(caption, photos, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])
+    monkeypatch.setattr(Image, "EXTENSION", {end: kind for end, kind in Image.EXTENSION.items() if kind != "HEIF"})
+    content = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+    for name in ("photo.HEIC", "called.jpg"):
+        (photos / "more" / name).write_bytes(content)
+    with zipfile.ZipFile(photos / "shard.zip", "w") as archive:
+        archive.writestr("photo.heic", content)
+    result = caption(photos / "more", photos / "shard.zip", "--output", "captions.csv")
+    said = [line for line in result.err.splitlines() if "not an image" in line and "captioned" not in line]
+    names = ["more/called.jpg", "more/photo.HEIC", "shard.zip/photo.heic"]
+    hint = "not an image, or of a kind that Pillow cannot read; for HEIC, `pip install pillow-heif`"
+    assert result.code == 2 and said == [f"blip-rbm: {photos / name}: {hint}" for name in names]
+    assert "1 captioned, 3 failed (3 not an image" in result.err
 
 
 def test_addresses_stay_as_they_are(photos):
@@ -275,6 +433,7 @@ def test_sampling_is_repeatable(caption, photos):
         (["--temperature", "2"], "--temperature is of sampling"),
         (["--min-length", "9", "--max-length", "5"], "--min-length 9 is more than"),
         (["--prefix", "two\nlines"], "several lines"),
+        (["--suffix", "its end\n"], "several lines"),
         (["--json", "--output", "txt"], "give one of them"),
         (["--output", "c.json", "--existing", "append"], "one caption an image"),
         (["--device", "cuda:7"], "no such device"),

@@ -88,8 +88,11 @@ def test_an_index_that_is_damaged_or_cannot_be_kept(command, photos, seen):
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_found(command, photos):
     (photos / "broken.jpg").write_text("no image")
+    (photos / "gone.jpg").symlink_to("nowhere")
+    (photos / "loop.jpg").symlink_to("loop.jpg")
     result = command("search", photos, "dog")
     assert result.code == 2 and len(result.lines) == 6 and "broken.jpg: not an image" in result.err
+    assert "gone.jpg: no such file" in result.err and "loop.jpg: cannot be read as an image" in result.err
 
 
 @pytest.mark.parametrize(
