@@ -26,9 +26,9 @@ def main(args):
     print(f"best for {args.text!r}, by pointwise mutual information in nats:")
     for i in output.logits_per_image[:, 0].argsort(descending=True).tolist():
         print(f"{output.logits_per_image[i, 0]:8.2f} {files[i].name}")
-    print("least like what the model knows, by free energy in nats:")
-    for i in output.image_free_energy.argsort(descending=True).tolist()[:3]:
-        print(f"{output.image_free_energy[i]:8.1f} {files[i].name}")
+    print("least like what the model knows, by relative free energy in nats:")
+    for i in output.image_relative_free_energy.argsort(descending=True).tolist()[:3]:
+        print(f"{output.image_relative_free_energy[i]:8.1f} {files[i].name}")
 
 
 if __name__ == "__main__":

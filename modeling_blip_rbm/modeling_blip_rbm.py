@@ -38,15 +38,15 @@ from .generation_blip_rbm import (
 )
 from .inference_blip_rbm import ImageCache, is_capturing_hook
 from .phrases_blip_rbm import PhraseBlock
-from .rbm import JointRBM, RBMParameters, pairwise_mutual_information, word_gains
+from .rbm import JointRBM, RBMParameters, pairwise_mutual_information, relative_free_energy, word_gains
 from .vision_blip_rbm import (
     ClassTokens,
+    ImageEnergies,
     RBMLayer,
     VisionProjector,
     WordMaps,
     check_pixels,
     new_vision_tower,
-    pool_tokens,
     unused_by_tokens,
     vision_tokens,
     weights_here,
@@ -61,7 +61,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 
-class BlipRBMPreTrainedModel(WordMaps, BlipPreTrainedModel):
+class BlipRBMPreTrainedModel(ImageEnergies, WordMaps, BlipPreTrainedModel):
     """What the captioner and the retrieval head share: weights' initialisation, loading checks, the image's way to the RBM."""
 
     config_class = BlipRBMConfig
@@ -160,16 +160,6 @@ class BlipRBMPreTrainedModel(WordMaps, BlipPreTrainedModel):
             return vision_hidden_states.to(self.dtype)
         check_pixels(pixel_values, self.config, "interpolate_pos_encoding" in kwargs)
         return vision_tokens(self.vision_model(pixel_values.to(self.dtype), **kwargs))
-
-    @torch.no_grad()
-    def image_free_energy(self, pixel_values=None, vision_hidden_states=None) -> torch.Tensor:
-        """F(x) (B,) of the image block alone, in nats: high for images unlike those that the RBM was trained on."""
-        return self._free_energy(self.vision_hidden_states(pixel_values, vision_hidden_states))
-
-    def _free_energy(self, tokens: torch.Tensor) -> torch.Tensor:
-        rbm = self.rbm_layer.rbm
-        with weights_here(rbm):
-            return rbm.free_energy(rbm.standardise(pool_tokens(tokens, self.config.rbm_pooling)))
 
     def rbm_parameters(self) -> RBMParameters:
         """The RBM's parameters in fp32, for the functions of rbm.py."""
@@ -503,7 +493,10 @@ class BlipRBMRetrievalOutput(ModelOutput):
     logits_per_image: Optional[torch.FloatTensor] = None  # (B, M) PMI of image and words, nats
     logits_per_text: Optional[torch.FloatTensor] = None  # (M, B) the same
     match_probability: Optional[torch.FloatTensor] = None  # (B, M) chance that the text was written for the image
-    image_free_energy: Optional[torch.FloatTensor] = None  # (B,) F(x), high for images unlike the training images
+    image_free_energy: Optional[torch.FloatTensor] = None  # (B,) F(x), nats
+    image_relative_free_energy: Optional[torch.FloatTensor] = (
+        None  # (B,) F(x) - F_0(x): high where the RBM finds few causes
+    )
 
 
 class BlipRBMForImageTextRetrieval(BlipRBMPreTrainedModel):
@@ -571,16 +564,14 @@ class BlipRBMForImageTextRetrieval(BlipRBMPreTrainedModel):
                 makes them. token_type_ids: of tokenizers that give them; not read.
         """
         tokens = self.vision_hidden_states(pixel_values, vision_hidden_states)
-        pmi = pairwise_mutual_information(
-            self.rbm_parameters(),
-            self.rbm_layer.hidden_input(tokens),
-            self.get_text_features(input_ids, attention_mask),
-        )
+        p, hidden_input = self.rbm_parameters(), self.rbm_layer.hidden_input(tokens)
+        pmi = pairwise_mutual_information(p, hidden_input, self.get_text_features(input_ids, attention_mask))
         output = BlipRBMRetrievalOutput(
             logits_per_image=pmi,
             logits_per_text=pmi.T,
             match_probability=None if self.config.rbm_match is None else self.match_probability(pmi),
             image_free_energy=self._free_energy(tokens),
+            image_relative_free_energy=relative_free_energy(p, hidden_input),
         )
         return output.to_tuple() if return_dict is False else output
 

@@ -347,6 +347,17 @@ def pointwise_mutual_information(p: RBMParameters, a_image: torch.Tensor, w: tor
     return (sp(a_image + said) - sp(a_image) - sp(p.c + said) + sp(p.c)).sum(-1)
 
 
+def relative_free_energy(p: RBMParameters, a: torch.Tensor) -> torch.Tensor:
+    """F(x) - F_0(x) (...) nats, less that of the average image: F_0 is of the machine without hidden units, N(mu, s^2) if Gaussian.
+
+    -sum_j [softplus(a_j) - softplus(c_j)], with a (..., H) the hidden input of an image, or `pooled_input` of its tokens. It is minus the
+    likelihood ratio log P(x)/P_0(x) against that background model, up to a constant (Ren et al., NeurIPS 2019, arXiv 1906.02845): how
+    far x is from the mean, which is most of F(x) where V or N is large, counts in both and cancels. It is also
+    log P(h = 0 | x) - log P(h = 0 | average image): high where the image has few causes.
+    """
+    return (F.softplus(p.c) - F.softplus(a)).sum(-1)
+
+
 SAFE_INPUT = 20.0  # exp of up to four such inputs, multiplied, is a finite fp32 number
 
 

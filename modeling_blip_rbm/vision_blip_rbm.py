@@ -20,7 +20,7 @@ from transformers import AutoModel
 from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionModel
 
 from .phrases_blip_rbm import PhraseBlock
-from .rbm import JointRBM, token_input, token_word_map
+from .rbm import JointRBM, relative_free_energy, token_input, token_word_map
 
 
 try:
@@ -200,6 +200,27 @@ class RBMLayer(nn.Module):
             tokens = (self.gate * self.causes(q)).view(len(q), self.cause_tokens, -1)
             refined = torch.cat([refined, tokens.to(refined.dtype)], 1)
         return refined
+
+
+class ImageEnergies:
+    """For a model with `vision_hidden_states`, `rbm_layer`, `rbm_parameters` and `config`: what the RBM thinks of an image alone."""
+
+    @torch.no_grad()
+    def image_free_energy(self, pixel_values=None, vision_hidden_states=None) -> torch.Tensor:
+        """F(x) (B,) of the image block alone, in nats. Of an RBM that reads all tokens it is mostly how far these are from their mean."""
+        return self._free_energy(self.vision_hidden_states(pixel_values, vision_hidden_states))
+
+    @torch.no_grad()
+    def image_relative_free_energy(self, pixel_values=None, vision_hidden_states=None) -> torch.Tensor:
+        """F(x) - F_0(x) (B,) in nats, of images (B, 3, S, S) or the tower's output (B, N, C): minus a log-likelihood ratio, high where the
+        RBM finds few causes (`rbm.relative_free_energy`). `docs/results.md` measures which unlike images it tells apart."""
+        tokens = self.vision_hidden_states(pixel_values, vision_hidden_states)
+        return relative_free_energy(self.rbm_parameters(), self.rbm_layer.hidden_input(tokens))
+
+    def _free_energy(self, tokens: torch.Tensor) -> torch.Tensor:
+        rbm = self.rbm_layer.rbm
+        with weights_here(rbm):
+            return rbm.free_energy(rbm.standardise(pool_tokens(tokens, self.config.rbm_pooling)))
 
 
 class WordMaps:

@@ -1,6 +1,8 @@
 """`blip-rbm search` and `blip-rbm energy`: a folder's images, ordered by how well the RBM thinks they go with a text, or by how unlike they are
 to what it knows."""
 
+import json
+import textwrap
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from modeling_blip_rbm.cli.index import NAME, Index
 from modeling_blip_rbm.cli.models import load
 from modeling_blip_rbm.cli.sheet import write_sheet
 from modeling_blip_rbm.files import find_images
-from modeling_blip_rbm.rbm import pairwise_mutual_information
+from modeling_blip_rbm.rbm import pairwise_mutual_information, relative_free_energy
 
 
 SEARCH_EXAMPLES = """
@@ -28,12 +30,12 @@ examples:
   blip-rbm search holiday/ "a boat" --json | jq -r .image
 """
 ENERGY_EXAMPLES = """
-A line is "energy file", in nats: the free energy of the image under the RBM, the
-highest first. An RBM with a generative term gives a high one to images unlike
-those that it was trained on, whose captions are not to be trusted. The embedded
-model's RBM has no such term, and its energy does not tell such images apart.
-Only the order, and differences of one model, mean something.
-
+A line is "energy file", in nats, the highest first: the free energy of the
+image under the RBM, less that without hidden causes. It is minus the logarithm
+of a likelihood ratio, and high where the RBM finds few causes in the image: it
+was trained on nothing like it, or there is little to see. A caption may be wrong
+all the same where it is low. Only the order, and differences of one model, mean
+something. {measured}
 examples:
   blip-rbm energy holiday/ | head
   blip-rbm energy holiday/ --top 24 --html unlike.html
@@ -95,10 +97,23 @@ def known_words(text: str, model, processor) -> torch.Tensor:
     return model.get_text_features(torch.tensor([tokens], device=model.device))
 
 
+@torch.no_grad()
 def energy_command(args) -> int:
     """Print the images, those most unlike what the RBM knows first. Returns the exit code."""
-    index, report, _, _ = indexed(args)
-    return show(args, index, index.energy, report, "Images unlike what the model knows")
+    index, report, model, _ = indexed(args)
+    energy = relative_free_energy(model.rbm_parameters(), index.hidden_input.to(model.device))
+    return show(args, index, energy.cpu(), report, "Images unlike what the model knows")
+
+
+def measured(model: str | None) -> str:
+    """Which images the energy of a model tells apart, by the results file in its folder; nothing if there is none."""
+    try:
+        aucs = json.loads((Path(model or "") / "confidence.json").read_text())["unlike"]["auc"]["relative free energy"]
+        said = ", ".join(f"{kind} {one['auc']:.2f}" for kind, one in aucs.items())
+    except (OSError, ValueError, KeyError):
+        return ""
+    chance = f"Measured against validation photographs of this model (AUC; 0.5: as by chance): {said}."
+    return f"\n\n{textwrap.fill(chance, 80)}\n"
 
 
 def show(args, index: Index, scores: torch.Tensor, report: Report, title: str) -> int:
@@ -117,7 +132,7 @@ def add_parser(commands, model: str | None):
     """Add `search` and `energy` to the commands."""
     search = arguments.add_command(commands, "search", "find a folder's images by a text", SEARCH_EXAMPLES)
     does = "sort a folder's images by how unlike they are to what the model knows"
-    energy = arguments.add_command(commands, "energy", does, ENERGY_EXAMPLES)
+    energy = arguments.add_command(commands, "energy", does, ENERGY_EXAMPLES.format(measured=measured(model)))
     for parser in (search, energy):
         parser.add_argument("folder", metavar="FOLDER", help="its images, and all below it")
     search.add_argument("text", metavar="TEXT", help='what is looked for, such as "two dogs on a beach"')

@@ -316,6 +316,7 @@ def test_energies_are_fp32_under_autocast(model, pixel_values):
     energies = lambda: (
         model.rbm_layer.hidden_input(tokens),
         model._free_energy(tokens),
+        model.image_relative_free_energy(vision_hidden_states=tokens),
         guide(captions, scores),
         model.candidate_parts(encoding, captions, scored=(scores[:, 0], scores[:, 0]))["pmi"],
     )

@@ -58,9 +58,19 @@ def test_search_ranks_as_the_retrieval_head(command, photos, saved_model, proces
 def test_energy_sorts_the_unlike_first(command, photos, saved_model, processor):
     lines = [json.loads(line) for line in command("energy", photos, "--json").lines]
     model = BlipRBMForImageTextRetrieval.from_pretrained(saved_model).eval()
-    expected = model.image_free_energy(processor(images=[line["image"] for line in lines])["pixel_values"])
+    expected = model.image_relative_free_energy(processor(images=[line["image"] for line in lines])["pixel_values"])
     assert len(lines) == 6 and [line["energy"] for line in lines] == pytest.approx(expected.tolist(), rel=1e-4)
     assert expected.tolist() == sorted(expected.tolist(), reverse=True)
+
+
+def test_help_says_what_was_measured_of_the_model(saved_model, monkeypatch, capsys):
+    aucs = {"noise": {"auc": 0.97}, "upside down": {"auc": 0.53}}
+    monkeypatch.setenv("BLIP_RBM_MODEL", str(saved_model))
+    for measured, said in (({"unlike": {"auc": {"relative free energy": aucs}}}, True), ({"energy_auc": {}}, False)):
+        (saved_model / "confidence.json").write_text(json.dumps(measured))
+        with pytest.raises(SystemExit):
+            main(["energy", "--help"])
+        assert ("noise 0.97, upside down 0.53" in " ".join(capsys.readouterr().out.split())) == said
 
 
 def test_only_what_changed_is_looked_at_again(command, photos, seen, model, saved_model):

@@ -197,6 +197,8 @@ def test_weights_that_accelerate_keeps_elsewhere(model, pixel_values, tmp_path):
     assert all(p.is_meta for p in offloaded.rbm_layer.parameters())
     assert torch.equal(offloaded.generate(pixel_values, **settings), expected)
     assert torch.equal(offloaded.image_free_energy(pixel_values), model.image_free_energy(pixel_values))
+    relative = model.image_relative_free_energy(pixel_values)
+    assert torch.equal(offloaded.image_relative_free_energy(pixel_values), relative)
 
 
 def test_resized_embeddings_keep_the_rbm(model, pixel_values):
@@ -290,3 +292,5 @@ def test_the_retrieval_head_reads_the_captioners_folder(saved_model, model, pixe
     output = matcher(pixel_values=pixel_values, **texts)  # token_type_ids, if the tokenizer gives them
     assert output.logits_per_image.shape == (5, 2)
     torch.testing.assert_close(output.image_free_energy, model.image_free_energy(pixel_values))
+    relative = model.image_relative_free_energy(pixel_values)
+    torch.testing.assert_close(output.image_relative_free_energy, relative)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
-from modeling_blip_rbm.rbm import token_free_energy
+from modeling_blip_rbm.rbm import free_energy, token_free_energy
 from modeling_blip_rbm.vision_blip_rbm import pool_tokens, vision_tokens
 from tests.conftest import RBM_SETTINGS, TEXT_CONFIG, VOCABULARY, randomise, tiny_config
 
@@ -146,6 +146,9 @@ def test_rbm_of_tokens(model, pixel_values, tmp_path):
     a = A.exp().mean(1).log()
     torch.testing.assert_close(whole.encode_image(pixel_values).hidden_input, a, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.image_free_energy(pixel_values), token_free_energy(p, x), rtol=1e-4, atol=1e-3)
+    mean = torch.zeros_like(x[:1])
+    of_image, of_mean = (token_free_energy(p, y) - token_free_energy(p._replace(W=0 * p.W), y) for y in (x, mean))
+    torch.testing.assert_close(whole.image_relative_free_energy(pixel_values), of_image - of_mean, rtol=1e-3, atol=1e-3)
     found = whole.word_map(pixel_values, word_ids[3:5])
     assert found.shape == (5, 2, 10)
     said = torch.sigmoid(a[:, None] + p.U[3:5]) - torch.sigmoid(a)[:, None]
@@ -525,6 +528,8 @@ def test_image_words_and_free_energy(model, pixel_values):
     torch.testing.assert_close(prob[0, 0], exact[0], atol=1e-4, rtol=1e-4)
     assert p.U is not None
     torch.testing.assert_close(model.image_free_energy(pixel_values), rbm.free_energy(x))
+    relative = rbm.free_energy(x) - free_energy(p._replace(W=0 * p.W), x)  # the average image's input is c
+    torch.testing.assert_close(model.image_relative_free_energy(pixel_values), relative, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- weights on disk

@@ -23,6 +23,7 @@ from modeling_blip_rbm.rbm import (
     pooled_input,
     prob_h_given_v,
     prob_w_given_h,
+    relative_free_energy,
     sample_places,
     token_gibbs,
     token_input,
@@ -247,6 +248,30 @@ def test_impossible_sizes(sizes):
         JointRBM(3, 5, 7, "ternary")
 
 
+def ratio_to_independent(p, x, joint):
+    """log P(x)/P_0(x) (B,), less that of x = 0, the last row: P by all states of the hidden units, -E `joint` (states, B + 1); P_0 by
+    PyTorch's distributions."""
+    if p.log_var is None:
+        background = torch.distributions.ContinuousBernoulli(logits=p.mu)  # density exp(mu x) / Z on [0, 1]
+    else:
+        background = torch.distributions.Normal(p.mu, torch.exp(0.5 * p.log_var))
+    ratio = torch.logsumexp(joint, 0) - background.log_prob(x).flatten(1).sum(1)
+    return ratio[:-1] - ratio[-1]
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "binary"])
+def test_relative_free_energy_is_a_likelihood_ratio(params, kind):
+    p = params if kind == "gaussian" else params._replace(log_var=None)
+    x = torch.cat([torch.rand(B, V), torch.zeros(1, V)])
+    joint = -energy(p, states(H)[:, None], x)  # (2^H, B + 1)
+    expected = ratio_to_independent(p, x, joint)
+    actual = -relative_free_energy(p, hidden_input(p, x[:-1]))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.1
+    none = joint.log_softmax(0)[0]  # log P(h = 0 | x)
+    torch.testing.assert_close(actual, none[-1] - none[:-1], rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------- an image block of tokens
 
 N = 2  # tokens: 3^4 states of z
@@ -289,6 +314,14 @@ def test_free_energy_of_tokens_sums_over_all_places(token_rbm):
     torch.testing.assert_close(token_rbm.free_energy(x, w), expected)
     without = torch.stack([-torch.logsumexp(-token_energies(p, x[i], torch.zeros(K)), 0) for i in range(B)])
     torch.testing.assert_close(token_rbm.free_energy(x), without)
+
+
+def test_relative_free_energy_of_tokens_is_a_likelihood_ratio(token_rbm):
+    p = token_rbm.parameters_fp32
+    x = torch.cat([torch.rand(B, N, V), torch.zeros(1, N, V)])
+    joint = torch.stack([-token_energies(p, row, torch.zeros(K)) for row in x], 1)
+    actual = -relative_free_energy(p, token_rbm.hidden_input(x[:-1]))
+    torch.testing.assert_close(actual, ratio_to_independent(p, x, joint), rtol=1e-4, atol=1e-4)
 
 
 def test_causes_and_words_of_tokens(token_rbm):
