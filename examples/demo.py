@@ -115,7 +115,14 @@ def write_contact_sheet(rows, images, path: Path, columns: int = 4):
 
     Four columns are 890 pixels, about the width of a README on GitHub, so that the text stays as large as it is drawn.
     """
-    lines, wide, high, room = -(-len(rows) // columns), 2.6, 1.95, 1.55  # inches: a thumbnail, and the text below it
+    texts = {}
+    for file, row in rows.items():
+        said = [f"BLIP: {row['BLIP']}", f"BLIP-RBM: {row['BLIP-RBM']}", f"RBM's words: {', '.join(row['words'])}"]
+        if not is_photograph(file):
+            said.insert(0, NOT_A_PHOTOGRAPH)
+        texts[file] = "\n".join(textwrap.fill(line, 33, subsequent_indent="  ") for line in said)
+    lines, wide, high = -(-len(rows) // columns), 2.6, 1.95  # inches: a thumbnail
+    room = 0.2 + 0.17 * max(text.count("\n") + 1 for text in texts.values())  # and the longest text below it
     height = lines * (high + room)
     figure, axes = plt.subplots(lines, columns, figsize=(columns * (wide + 0.18), height), squeeze=False)
     figure.subplots_adjust(
@@ -123,12 +130,8 @@ def write_contact_sheet(rows, images, path: Path, columns: int = 4):
     )
     for axis in axes.flat:
         axis.axis("off")
-    for axis, (file, row) in zip(axes.flat, rows.items()):
+    for axis, (file, text) in zip(axes.flat, texts.items()):
         axis.imshow(ImageOps.pad(images[file].convert("RGB"), (320, 240), color="whitesmoke"))
-        said = [f"BLIP: {row['BLIP']}", f"BLIP-RBM: {row['BLIP-RBM']}", f"RBM's words: {', '.join(row['words'])}"]
-        if not is_photograph(file):
-            said.insert(0, NOT_A_PHOTOGRAPH)
-        text = "\n".join(textwrap.fill(line, 33, subsequent_indent="  ") for line in said)
         colour = "black" if is_photograph(file) else "firebrick"
         axis.text(0, -0.04, text, transform=axis.transAxes, va="top", fontsize=10, color=colour, parse_math=False)
     drawn = io.BytesIO()
