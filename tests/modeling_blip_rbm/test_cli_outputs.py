@@ -1,6 +1,8 @@
 """`blip-rbm caption --output`: captions in files, kept whatever happens, and read back by training."""
 
 import csv
+import functools
+import http.server
 import io
 import json
 import multiprocessing
@@ -9,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -408,6 +411,40 @@ def test_addresses_stay_as_they_are(photos):
     with pytest.raises(ValueError, match="beside images in folders only"):
         Beside.file(url)
     assert Table(photos / "c.csv", "skip").name(url) == url
+
+
+def test_addresses_are_fetched(caption, photos):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=photos)
+    handler.func.log_message = lambda *args: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        result = caption(f"{place}/more/c.png", f"{place}/gone.png")
+        server.shutdown()
+    [plain] = caption(photos / "more" / "c.png").lines
+    assert result.lines == [f"{place}/more/c.png: {plain.partition(': ')[2]}"]
+    assert result.code == 2 and f"{place}/gone.png: cannot be read as an image (it could not be fetched" in result.err
+
+
+def test_a_terminal_sees_progress(caption, photos, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bars = [line for line in caption(photos, "--batch-size", 1).err.splitlines() if line.startswith("caption: ")]
+    assert any("3/3" in bar and ("image/s" in bar or "s/image" in bar) for bar in bars)
+
+
+@pytest.mark.parametrize("option, dtype", [("--dtype=bfloat16", torch.bfloat16), ("--dtype=auto", torch.float32)])
+def test_the_models_numbers(option, dtype, caption, photos, monkeypatch):
+    generate, seen = BlipRBMForConditionalGeneration.generate, []
+    recorded = lambda self, **settings: seen.append(self.dtype) or generate(self, **settings)
+    monkeypatch.setattr(BlipRBMForConditionalGeneration, "generate", recorded)
+    assert len(caption(photos, option).lines) == 3 and set(seen) == {dtype}
+
+
+def test_linear_layers_in_8_bits(caption, photos, monkeypatch):
+    optimize, asked = BlipRBMForConditionalGeneration.optimize_for_inference, []
+    recorded = lambda self, int8=False: asked.append(int8) or optimize(self, int8=int8)
+    monkeypatch.setattr(BlipRBMForConditionalGeneration, "optimize_for_inference", recorded)
+    assert len(caption(photos, "--int8").lines) == len(caption(photos).lines) == 3 and asked == [True, False]
 
 
 def test_frames_of_an_animation(caption, photos):
