@@ -56,9 +56,11 @@ class ControlArguments:
     split: str = field(default="validation", metadata={"help": "split of the worlds"})
     stand_ins: list[str] = field(default_factory=lambda: list(STAND_INS), metadata={"help": "which are compared"})
     guides: list[str] = field(
-        default_factory=lambda: ["RBM", "linear", "MLP"], metadata={"help": "stand-ins whose own guide is tried too"}
+        default_factory=lambda: ["RBM", "linear", "MLP"],
+        metadata={"help": "stand-ins that are measured with their own guide too"},
     )
-    guidance: float = field(default=0.4, metadata={"help": "weight of guide, beside 0"})
+    guidance: float = field(default=0.4, metadata={"help": "weight of guide"})
+    most_weights: int = field(default=3, metadata={"help": "weights of guide and re-rank that may be on together"})
     candidates: int = field(default=9, metadata={"help": "beams of an image"})
     num_beams: int = field(default=3, metadata={"help": "of plain BLIP, the baseline"})
 
@@ -237,11 +239,10 @@ class Comparison:
         stand_in, predict, ridge = fitted
         gains = lambda of: stand_in.gains(self.sets[of]) if guided and stand_in.gains else None
         choices = lambda of, by: self.choices(stand_in, predict, of, self.candidates(of, by, gains(of)))
-        guides = [({"rbm_guidance": 0.0}, choices(HELD_BACK, "plain"))]
-        if guided:
-            guides.append(({"rbm_guidance": self.args.guidance}, choices(HELD_BACK, name)))
-        weights, rules = simplest_rule(guides, self.fold)
-        by, said = name if weights["rbm_guidance"] else "plain", {}
+        by, guidance = (name, self.args.guidance) if guided else ("plain", 0.0)
+        guide = {"rbm_guidance": guidance}
+        weights, rules = simplest_rule([(guide, choices(HELD_BACK, by))], self.fold, self.args.most_weights - guided)
+        said = {}
         for world in self.worlds:
             texts, chosen = (
                 self.candidates(world, by, gains(world)).texts,
