@@ -149,9 +149,7 @@ def test_a_process_that_is_stopped_loses_nothing_and_a_second_start_finishes(nam
     options = [folder, "--output", "txt" if name == "txt" else output, "--failed", tmp_path / "failed.jsonl"]
     options += ["--max-length", 3, "--batch-size", 1]
     command = ["caption", *options, "--model", saved_model, "--prefix", "first"]
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # the jobs of a shell's background ignore it, and what they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     process = FORKS.Process(target=main, args=([str(one) for one in command],))
     process.start()
     while written(output) < 5:
