@@ -89,6 +89,7 @@ def test_tables_are_read_back_and_gone_on_with(name, caption, photos):
     assert set(captions) == {f"photos/{image}" for image in NAMES}
     assert [f"{photos.parent / image}: {captions[image][0]}" for image in sorted(captions)] == caption(photos).lines
     assert table.read_bytes() != first and not list(photos.parent.glob("*.part*"))
+    assert b"existing" not in table.read_bytes()  # which is of the journal
     last = table.read_bytes()
     assert "0 captioned, 3 skipped" in caption(photos, "--output", table).err and table.read_bytes() == last
 
