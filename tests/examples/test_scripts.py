@@ -35,5 +35,4 @@ def test_an_rbm_on_a_matrix(tmp_path):
 def test_the_tutorial_goes_from_photographs_to_a_staged_repo(tmp_path):
     said = run(["bash", "examples/tutorial.sh"], PYTHON=sys.executable, RUNS=str(tmp_path))
     assert all(said.count(f"\n{step}. ") == 1 for step in (2, 3, 4)) and said.startswith("1. ")
-    for folder in ("rbm/best", "model"):
-        assert (tmp_path / folder / "model.safetensors").is_file()
+    assert (tmp_path / "model" / "tuning.json").is_file() and (tmp_path / "model-hub" / "README.md").is_file()

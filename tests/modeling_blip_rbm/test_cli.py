@@ -195,6 +195,7 @@ def test_a_stop_is_quiet_and_loses_nothing(how, code, saved_model, tmp_path):
         "--batch-size",
         "1",
     ]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     process = subprocess.Popen(list(map(str, command)), cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline().startswith(os.fsencode(tmp_path / "00.png"))  # before the rest is done
     if how == "head":

@@ -89,6 +89,7 @@ def test_tables_are_read_back_and_gone_on_with(name, caption, photos):
     assert set(captions) == {f"photos/{image}" for image in NAMES}
     assert [f"{photos.parent / image}: {captions[image][0]}" for image in sorted(captions)] == caption(photos).lines
     assert table.read_bytes() != first and not list(photos.parent.glob("*.part*"))
+    assert b"existing" not in table.read_bytes()  # which is of the journal
     last = table.read_bytes()
     assert "0 captioned, 3 skipped" in caption(photos, "--output", table).err and table.read_bytes() == last
 
@@ -149,9 +150,7 @@ def test_a_process_that_is_stopped_loses_nothing_and_a_second_start_finishes(nam
     options = [folder, "--output", "txt" if name == "txt" else output, "--failed", tmp_path / "failed.jsonl"]
     options += ["--max-length", 3, "--batch-size", 1]
     command = ["caption", *options, "--model", saved_model, "--prefix", "first"]
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # the jobs of a shell's background ignore it, and what they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     process = FORKS.Process(target=main, args=([str(one) for one in command],))
     process.start()
     while written(output) < 5:
