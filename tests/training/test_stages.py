@@ -310,7 +310,7 @@ def test_the_rbm_in_its_own_place_and_a_table(tuned, data, pairs, tmp_path):
     )
     found = json.loads((tmp_path / "controls.json").read_text())
     assert set(found["systems"]) == {"RBM", "RBM, with guide", "linear", "linear, with guide", "no image"}
-    of_world = found["worlds"][pairs.name]
-    assert of_world["RBM"]["rbm_minus_it"]["CIDEr-D"]["difference"] == 0
-    assert of_world["BLIP"]["minus_blip"]["CIDEr-D"]["difference"] == 0
+    assert set(found["worlds"]) == {pairs.name, "all"}
+    assert found["worlds"]["all"]["RBM, with guide"]["rbm_minus_it"]["CIDEr-D"]["difference"] == 0
+    assert found["worlds"]["all"]["BLIP"]["minus_blip"]["CIDEr-D"]["difference"] == 0
     assert found["worlds"]["all"]["linear"]["measures"]["CIDEr-D"] > 0
