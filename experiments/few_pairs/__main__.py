@@ -37,6 +37,7 @@ class FewPairsArguments:
     worlds: list[str] = field(
         metadata={"nargs": "+", "help": "NAME=DATASET, whose validation split is measured, each by itself in retrieval"}
     )
+    world_images: Optional[int] = field(default=None, metadata={"help": "use only the first so many images of a world"})
     candidates: list[str] = field(
         default_factory=list,
         metadata={
@@ -65,8 +66,8 @@ class FewPairsArguments:
     )
     num_words: int = field(default=1000, metadata={"help": "K, the most frequent content words of all captions"})
     seeds: int = field(default=3, metadata={"help": "trainings of each chosen setting"})
-    tries: int = field(default=6, metadata={"help": "settings of each system at each number of pairs"})
-    steps: int = field(default=800, metadata={"help": "of each training"})
+    tries: int = field(default=4, metadata={"help": "settings of each system at each number of pairs"})
+    steps: int = field(default=600, metadata={"help": "of each training"})
     batch_size: int = field(default=125, metadata={"help": "of each step"})
     folds: int = field(default=3, metadata={"help": "of noisy: a caption is judged by a system trained on the others"})
     exchanged: float = field(default=0.3, metadata={"help": "of noisy: share of captions exchanged"})
@@ -136,7 +137,9 @@ def read_material(data: DataArguments, args: FewPairsArguments):
     candidates = lambda name: read_candidates(files[name], word_ids, len(tokenizer)) if name in files else None
     words, worlds = as_words(captions), {}
     for name, path in named(args.worlds, "worlds").items():
-        of_world, features = encode(replace(data, dataset=[path]), split="validation", views=1)
+        of_world, features = encode(
+            replace(data, dataset=[path], max_images=args.world_images), split="validation", views=1
+        )
         said = as_words(of_world["captions"])
         every = range(len(of_world))
         worlds[name] = World(features.batch(every), [said[i] for i in every], candidates(name))

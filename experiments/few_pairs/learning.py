@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Optional
 
@@ -48,7 +49,6 @@ SPACE = {
     "linear, PCA": {"width": (64, 128, 1024)},
     "linear, PCA and LSA": {"width": (64, 128, 1024), "text_width": (32, 128, 512)},
 }
-UNPAIRED = ("rbm, unpaired", "linear, PCA", "linear, PCA and LSA")
 
 
 @dataclass
@@ -88,6 +88,10 @@ class Material:
         """V and K."""
         return len(self.mean), self.words.num_words
 
+    @cached_property
+    def text_axes(self) -> torch.Tensor:
+        return text_axes(self.texts)
+
     def equal_hidden_size(self) -> int:
         """H with which an RBM, or an MLP, has as many weights as a linear map: H (V + K) = V K."""
         V, K = self.sizes
@@ -111,14 +115,14 @@ def build(system: str, material: Material, rows, settings: RBMArguments, setting
     """A new system by its name in `SPACE`.
 
     Args:
-        rows: the pairs, whose share of words the biases start from; with texts, that of the texts. activity: of the trained RBM, of which
-            the random one has as much.
+        rows: the pairs, whose share of words the biases start from. activity: of the trained RBM; the random one has as much.
     """
     V, _ = material.sizes
-    unpaired = Unpaired(material.store, material.rows, material.texts, settings.seed) if system in UNPAIRED else None
     common = (material.mean, material.std, settings, material.words.share(rows))
-    if system in ("rbm", "rbm, unpaired"):
-        return RBM(*common, unpaired)
+    if system == "rbm":
+        return RBM(*common)
+    if system == "rbm, unpaired":
+        return RBM(*common, Unpaired(material.store, material.rows, material.texts, settings.seed))
     if system == "linear":
         return Detector(*common, torch.nn.Identity(), V)
     if system == "mlp":
@@ -127,7 +131,7 @@ def build(system: str, material: Material, rows, settings: RBMArguments, setting
         features = RandomCauses(material.images, settings.hidden_size, activity)
         return Detector(*common, features, settings.hidden_size)
     axes = image_axes(material.images, setting["width"])
-    basis = text_axes(unpaired, setting["text_width"]) if "text_width" in setting else None
+    basis = material.text_axes[-setting["text_width"] :] if "text_width" in setting else None
     return Detector(*common, Axes(axes), axes.shape[1], basis)
 
 

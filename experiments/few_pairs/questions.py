@@ -77,9 +77,8 @@ def chosen_setting(name: str, material: Material, count: int, args, work: Path) 
     found = []
     for number, setting in enumerate(tries(name, args.tries)):
         file = work / "pairs" / f"{name}-{count}-try{number}.npz".replace(" ", "")
-        run = lambda: one_run(
-            name, material, subset(material, count, 0), setting, args.steps, 0, matched(work, name, count)
-        )
+        rows, activity = subset(material, count, 0), matched(work, name, count)
+        run = partial(one_run, name, material, rows, setting, args.steps, 0, activity)
         found.append((float(kept(file, run)["quality"]), number, setting, file))
     quality, number, setting, file = max(found, key=lambda each: each[0])
     best = work / "pairs" / f"{name}-{count}-0.npz".replace(" ", "")
@@ -150,18 +149,18 @@ def half_said(world: World, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 @torch.no_grad()
-def rest_likelihood(system: System, world: World, told: bool = True) -> np.ndarray:
+def rest_likelihood(system: System, world: World, told: bool = True, exact: bool = True) -> np.ndarray:
     """(n,) log-likelihood of the words of a caption that were not said, nats a caption, mean over an image's captions.
 
-    Each word's conditional is exact, given image and said words; the words not said are taken as independent given those, for all systems.
+    The words not said are taken as independent given image and said words, for all systems; it is a distribution over them.
 
     Args:
-        told: whether the system is told the said words.
+        told: whether the system is told the said words. exact: the RBM's conditional of each word as it is, else to second order, for speed.
     """
     w, said, owner = half_said(world)
     x, parts = system.standardise(world.features), []
     for some in torch.arange(len(w)).split(512):
-        logits = system.word_logits(x[owner[some]], said[some] if told else None, exact=True)
+        logits = system.word_logits(x[owner[some]], said[some] if told else None, exact)
         terms = F.binary_cross_entropy_with_logits(logits, w[some], reduction="none") * (1 - said[some])
         parts.append(-terms.sum(-1))
     return mean_of_images(torch.cat(parts), owner).double().numpy()
@@ -170,7 +169,7 @@ def rest_likelihood(system: System, world: World, told: bool = True) -> np.ndarr
 def words_said(material: Material, args, work: Path) -> dict:
     """Words given the image and some words already said."""
     held, results = first_captions(material.held_back), {"means": {}, "differences": {}, "parameters": {}, "chosen": {}}
-    quality = lambda system: float(rest_likelihood(system, held).mean())
+    quality = lambda system: float(rest_likelihood(system, held, exact=False).mean())
     for count in sorted({min(count, len(material.rows)) for count in args.said_pairs}):
         runs = {}
         for name in SAID:

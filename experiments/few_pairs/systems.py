@@ -36,17 +36,15 @@ class Unpaired:
     def draw(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled images (size, V) in random views and words (size, K) of texts."""
         rows, views = self.rng.choice(self.rows, size), self.rng.integers(self.store.num_views, size=size)
-        return self.store.batch(rows, views), self.words(self.rng.integers(len(self.texts.ends) - 1, size=size))
-
-    def words(self, numbers: np.ndarray) -> torch.Tensor:
-        return self.texts.of_captions(numbers).float()
+        numbers = self.rng.integers(len(self.texts.ends) - 1, size=size)
+        return self.store.batch(rows, views), self.texts.of_captions(numbers).float()
 
 
 class System(nn.Module):
     """The shared loss: `words` and `match` of `training/lib/rbm_objective.py`, weighted as `settings` says, and what a system adds.
 
     Args:
-        mean, std (V,): of pooled images. word_share (K,): share of captions with each word, where the biases start.
+        mean, std (V,): of pooled images. Subclasses take word_share (K,) too, the share of captions with each word: biases start there.
     """
 
     def __init__(self, mean: torch.Tensor, std: torch.Tensor, settings: RBMArguments):
@@ -207,19 +205,17 @@ def image_axes(x: torch.Tensor, width: int) -> torch.Tensor:
     return vectors[:, -width:] / values[-width:].clamp(min=1e-4).sqrt()
 
 
-def text_axes(unpaired: Unpaired, width: int, size: int = 8192) -> torch.Tensor:
-    """(width, K) log-odds of words along the principal axes of their correlations in all texts (LSA of a binary matrix): an axis moves the
-    log-odds of word k by its covariance with k over the variance of k. Scaled so that the mean row has length 1."""
-    count = len(unpaired.texts.ends) - 1
-    products, said = 0.0, 0.0
+def text_axes(texts, size: int = 8192) -> torch.Tensor:
+    """(K, K) log-odds of words along the principal axes of their correlations in `CaptionWords` texts, the last the largest (LSA of a binary
+    matrix): an axis moves the log-odds of word k by its covariance with k over the variance of k. Scaled so that the mean row has length 1."""
+    count, products, said = len(texts.ends) - 1, 0.0, 0.0
     for start in range(0, count, size):
-        w = unpaired.words(np.arange(start, min(start + size, count)))
+        w = texts.of_captions(np.arange(start, min(start + size, count))).float()
         products, said = products + (w.T @ w).double(), said + w.sum(0).double()
     share = said / count
     # rare words have hardly a variance to divide by
     deviation = (share * (1 - share)).sqrt().clamp(min=0.01)
     correlation = (products / count - torch.outer(share, share)) / torch.outer(deviation, deviation)
     values, vectors = torch.linalg.eigh(correlation)
-    width = min(width, len(values))
-    rows = ((vectors[:, -width:] * values[-width:].clamp(min=0).sqrt()) / deviation[:, None]).T.float()
+    rows = ((vectors * values.clamp(min=0).sqrt()) / deviation[:, None]).T.float()
     return rows / rows.norm(dim=1).mean()
