@@ -67,11 +67,12 @@ class FewPairsArguments:
     num_words: int = field(default=1000, metadata={"help": "K, the most frequent content words of all captions"})
     seeds: int = field(default=3, metadata={"help": "trainings of each chosen setting"})
     tries: int = field(default=4, metadata={"help": "settings of each system at each number of pairs"})
-    steps: int = field(default=600, metadata={"help": "of each training"})
+    steps: int = field(default=1000, metadata={"help": "of each training"})
     batch_size: int = field(default=125, metadata={"help": "of each step"})
     folds: int = field(default=3, metadata={"help": "of noisy: a caption is judged by a system trained on the others"})
     exchanged: float = field(default=0.3, metadata={"help": "of noisy: share of captions exchanged"})
     temperatures: int = field(default=1000, metadata={"help": "of hybrid: of annealed importance sampling"})
+    resamples: int = field(default=1000, metadata={"help": "of each bootstrap interval"})
     work: str = field(default="runs/few_pairs", metadata={"help": "where trainings are kept"})
     output: str = field(
         default="experiments/few_pairs", metadata={"help": "folder of results.json, curves and README.md"}
@@ -134,16 +135,19 @@ def read_material(data: DataArguments, args: FewPairsArguments):
     word_ids = choose_words(tokenizer, [*(captions[row] for row in rows), *texts], args.num_words)
     as_words = lambda captions: caption_words(tokenizer, captions, word_ids)
     files = named(args.candidates, "candidates")
-    candidates = lambda name: read_candidates(files[name], word_ids, len(tokenizer)) if name in files else None
+    candidates = lambda name, references: (
+        read_candidates(files[name], word_ids, processor, references) if name in files else None
+    )
     words, worlds = as_words(captions), {}
     for name, path in named(args.worlds, "worlds").items():
         of_world, features = encode(
             replace(data, dataset=[path], max_images=args.world_images), split="validation", views=1
         )
-        said = as_words(of_world["captions"])
-        every = range(len(of_world))
-        worlds[name] = World(features.batch(every), [said[i] for i in every], candidates(name))
-    held_back = World(store.batch(held), [words[row] for row in held], candidates("held_back"))
+        said, references = as_words(of_world["captions"]), dict(enumerate(of_world["captions"]))
+        features = features.batch(range(len(of_world)))
+        worlds[name] = World(features, [said[i] for i in references], candidates(name, references))
+    references = {int(row): captions[row] for row in held}
+    held_back = World(store.batch(held), [words[row] for row in held], candidates("held_back", references))
     settings = RBMArguments(model=args.model, output_dir=args.work, num_words=len(word_ids), batch_size=args.batch_size)
     return Material(store, rows, words, as_words(texts), held_back, worlds, settings), dataset, as_words
 

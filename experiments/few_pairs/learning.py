@@ -25,6 +25,7 @@ from experiments.few_pairs.systems import (
 )
 from training.lib.data import CaptionWords
 from training.lib.distributed import new_accelerator
+from training.lib.metrics import CiderD
 from training.lib.metrics.bootstrap import paired_bootstrap
 from training.lib.rbm_evaluation import average_precision
 from training.lib.rbm_objective import PooledPairs, RBMArguments
@@ -36,12 +37,12 @@ EVALUATIONS = 8  # of a training, evenly spaced; the best one is kept
 RERANK_WEIGHTS = (0.0, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # What each system's tries are drawn from. `width` is that of fixed axes, and `cd` of RBMs alone.
 SHARED_SPACE = {
-    "learning_rate": (1e-3, 3e-3),
+    "learning_rate": (1e-3, 3e-3, 1e-2),
     "weight_decay": (0.01, 0.3, 1.0, 3.0),
     "image_dropout": (0.0, 0.2, 0.5),
 }
 SPACE = {
-    "rbm": {"cd": (0.0, 0.03, 0.1, 0.3), "init_std": (0.02, 0.1)},
+    "rbm": {"cd": (0.0, 0.03, 0.1, 0.3, 1.0), "init_std": (0.02, 0.1)},
     "rbm, unpaired": {"cd": (0.03, 0.1, 0.3, 1.0), "init_std": (0.02, 0.1)},
     "random rbm": {},
     "linear": {},
@@ -204,19 +205,35 @@ def mean_of_images(values: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
     return torch.zeros(int(owner.max()) + 1).index_add_(0, owner, values) / torch.bincount(owner)
 
 
-def read_candidates(file: str | Path, word_ids: list[int], vocab_size: int) -> dict:
-    """Candidates of `torch.save({"sequences": (n, C, T), "log_prob": (n, C), "length": (n, C), "cider": (n, C), "rows": (n,)})`: with
-    `words` (n, C, K) in the place of the sequences. `log_prob` is the sum over tokens; `rows`, of the split's images, may be left out.
+def read_candidates(file: str | Path, word_ids: list[int], processor, references: dict[int, list[str]]) -> dict:
+    """Candidates of `torch.save({"sequences": (n, C, T), "log_prob": (n, C), "length": (n, C)})`, as `World` has them: with `words` (n, C, K)
+    and `rows` (n,), the images' places among `references`.
+
+    The file may hold "cider" (n, C), else CIDEr-D is computed here, in points; and "rows" (n,), keys of `references`, if not all are there.
+
+    Args:
+        references: of each image its captions, by the row of its data set.
 
     Raises:
-        ValueError: if a part is missing.
+        ValueError: if a part is missing, or the file speaks of other images.
     """
     found = torch.load(file, weights_only=True)
-    if missing := {"sequences", "log_prob", "length", "cider"} - set(found):
+    if missing := {"sequences", "log_prob", "length"} - set(found):
         raise ValueError(f"{file} has no {', '.join(sorted(missing))}: it must be a file of candidates")
-    words = CaptionWords(found["sequences"].tolist(), word_ids, vocab_size)
+    places = {row: place for place, row in enumerate(references)}
+    rows = torch.as_tensor(found.get("rows", list(references))).tolist()
+    if len(rows) != len(found["sequences"]) or not set(rows) <= set(places):
+        raise ValueError(
+            f"{file} has candidates of {len(found['sequences']):,} images, which are not those of the {len(references):,} measured"
+        )
+    rows = torch.tensor([places[row] for row in rows])
+    if "cider" not in found:
+        scorer, texts = CiderD(list(references.values())), processor.captions(found["sequences"].flatten(0, 1))
+        each = rows.repeat_interleave(found["sequences"].shape[1]).tolist()
+        scores = [100 * scorer.score(row, text) for row, text in zip(each, texts)]
+        found["cider"] = torch.tensor(scores).view_as(found["log_prob"])
+    words = CaptionWords(found["sequences"].tolist(), word_ids, len(processor.tokenizer))
     chosen = {name: torch.as_tensor(found[name]).float() for name in ("log_prob", "length", "cider")}
-    rows = torch.as_tensor(found.get("rows", torch.arange(len(words)))).long()
     return chosen | {"rows": rows, "words": torch.stack([words[i] for i in range(len(words))]).float()}
 
 
@@ -248,7 +265,7 @@ def measure_everywhere(system: System, material: Material) -> dict[str, np.ndarr
     return result
 
 
-def differences(ours: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, dict]:
+def differences(ours: dict[str, np.ndarray], other: dict[str, np.ndarray], resamples: int) -> dict[str, dict]:
     """Paired bootstrap over images (over words for `per_word_ap`) of what both have measured."""
     shared = [name for name in ours if name in other and name != "rerank_weight"]
-    return {name: paired_bootstrap(ours[name], other[name], resamples=2000) for name in shared}
+    return {name: paired_bootstrap(ours[name], other[name], resamples=resamples) for name in shared}

@@ -111,7 +111,11 @@ def few_pairs(material: Material, args, work: Path) -> dict:
             print(count, name, json.dumps({k: round(v, 3) for k, v in means.items()}), flush=True)
         ours = [name for name in ("rbm", "rbm, unpaired") if name in runs]
         results["differences"][str(count)] = {
-            mine: {other: differences(images_of(runs[mine]), images_of(runs[other])) for other in runs if other != mine}
+            mine: {
+                other: differences(images_of(runs[mine]), images_of(runs[other]), args.resamples)
+                for other in runs
+                if other != mine
+            }
             for mine in ours
         }
     return results
@@ -181,7 +185,9 @@ def words_said(material: Material, args, work: Path) -> dict:
         results["chosen"][str(count)] = {name: json.loads(str(run["setting"])) for name, run in runs.items()}
         others = {name: {"log_likelihood": value} for name, value in found.items()}
         results["differences"][str(count)] = {
-            other: differences(others["rbm"], others[other])["log_likelihood"] for other in others if other != "rbm"
+            other: differences(others["rbm"], others[other], args.resamples)["log_likelihood"]
+            for other in others
+            if other != "rbm"
         }
         print(count, json.dumps(results["means"][str(count)]), flush=True)
     return results
@@ -212,7 +218,7 @@ def said_run(name: str, material: Material, count: int, args, quality) -> dict[s
     return {"told": over(True), "parameters": np.array(parameters), "setting": np.array(json.dumps(setting))} | untold
 
 
-def auc_interval(wrong: np.ndarray, evidence: dict[str, np.ndarray], ours: str, resamples: int = 1000, seed: int = 0):
+def auc_interval(wrong: np.ndarray, evidence: dict[str, np.ndarray], ours: str, resamples: int, seed: int = 0):
     """AUC of finding the wrong captions by little evidence, with 95 % percentile intervals over captions; and how far `ours` is above the
     others.
 
@@ -293,16 +299,18 @@ def wrong_captions(material: Material, args, work: Path, noisy, settings: dict) 
     for number, title in enumerate(noisy.titles):
         here = part == number
         results[f"exchanged, {title}"] = auc_interval(
-            wrong[here], {n: e[here] for n, e in exchanged.items()}, "rbm", 300
+            wrong[here], {n: e[here] for n, e in exchanged.items()}, "rbm", args.resamples
         )
     if len(judged):
         labels = np.array([noisy.labels[row] for row in judged])
         results["labels"] = {label: int((labels == label).sum()) for label in ("right", "partly", "wrong")}
-        results["web as it is: not right"] = auc_interval(labels != "right", natural, "rbm")
+        results["web as it is: not right"] = auc_interval(labels != "right", natural, "rbm", args.resamples)
         if (labels == "wrong").any():
             clear = labels != "partly"
             evidence = {name: of[clear] for name, of in natural.items()}
-            results["web as it is: wrong, against right"] = auc_interval(labels[clear] == "wrong", evidence, "rbm")
+            results["web as it is: wrong, against right"] = auc_interval(
+                labels[clear] == "wrong", evidence, "rbm", args.resamples
+            )
     return results
 
 
