@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 MEASURES = {
     "word_ap": ("word AP, %", 100),
     "per_word_ap": ("AP a word, %", 100),
-    "log_likelihood": ("log P(words | image), nats a caption", 1),
+    "log_likelihood": ("log P(words given the image), nats a caption", 1),
     "image_to_text_r10": ("R@10 image to text, %", 100),
     "text_to_image_r10": ("R@10 text to image, %", 100),
     "rerank_cider": ("CIDEr-D of re-rank", 1),
@@ -111,14 +111,15 @@ def draw_pairs(path: Path, results: dict):
                 [int(n) for n in means], [scale * means[n][name][key] for n in means], style, marker=".", label=name
             )
         axis.set(title=title, xlabel="pairs", xscale="log")
-    axes.flat[0].legend(fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
 def draw_hybrid(path: Path, results: dict):
-    """Every measure against the weight of the generative term; a weight of 0 stands at the left end."""
-    panels = MEASURES | {"density": ("log P(image, words), held back, nats", 1)}
+    """Every measure against the weight of the generative term; a weight of 0 stands at the left end, but not of the density, which is then far
+    below all others."""
+    panels = MEASURES | {"density": ("log P(image, words), held back, nats; weights above 0", 1)}
     found = next(iter(next(iter(results.values())).values()))
     shown = [key for key in panels if key in next(iter(found.values()))]
     figure, axes = plt.subplots(2, 4, figsize=(17, 8), layout="constrained")
@@ -128,10 +129,14 @@ def draw_hybrid(path: Path, results: dict):
         title, scale = panels[key]
         for count, kinds in results.items():
             for name, by_weight in kinds.items():
-                points = [(float(weight) or 0.003, scale * entry[key]) for weight, entry in by_weight.items()]
+                points = [
+                    (float(weight) or 0.003, scale * entry[key])
+                    for weight, entry in by_weight.items()
+                    if float(weight) or key != "density"
+                ]
                 axis.plot(*zip(*points), marker=".", label=f"{int(count):,} pairs, {name}")
         axis.set(title=title, xlabel="weight of the generative term", xscale="log")
-    axes.flat[0].legend(fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
