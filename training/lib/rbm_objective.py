@@ -106,6 +106,17 @@ def whole_batch(batch: dict) -> dict:  # what `PooledPairs` gives is collated al
     return batch
 
 
+def shown_words(w, noise):
+    """A random share of the words w (B, K) of each caption, as noise (B, 1 + K), uniform in [0, 1), says."""
+    return w * (noise[:, 1:] < noise[:, :1]).float()
+
+
+def hidden_words_loss(logits, w, shown):
+    """-log P of the words w (B, K) that are not shown, by their logits (B, K): mean over captions (nats per caption)."""
+    loss = F.binary_cross_entropy_with_logits(logits, w, reduction="none")
+    return (loss * (1 - shown)).sum(-1).mean()
+
+
 def words_loss(p, a_image, w, noise):
     """-log P(w_k | x, some of the other words), mean over captions (nats per caption): what guide relies on.
 
@@ -113,10 +124,8 @@ def words_loss(p, a_image, w, noise):
     is sigmoid(b_k + gain_k), which is exact for the RBM (gains to second order, for speed: `benchmarks/guidance.py`
     measures the difference).
     """
-    shown = w * (noise[:, 1:] < noise[:, :1]).float()
-    logits = p.b + word_gains(p, a_image + shown @ p.U, order="second")
-    loss = F.binary_cross_entropy_with_logits(logits, w, reduction="none")
-    return (loss * (1 - shown)).sum(-1).mean()
+    shown = shown_words(w, noise)
+    return hidden_words_loss(p.b + word_gains(p, a_image + shown @ p.U, order="second"), w, shown)
 
 
 def match_loss(p, a_image, w):

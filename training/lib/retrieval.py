@@ -5,8 +5,8 @@ import math
 import torch
 
 
-def recalls(similarity: torch.Tensor, owner: torch.Tensor) -> dict[str, float]:
-    """R@1, 5, 10 (percent) and median rank (1 is best), image to text (its best caption) and text to image.
+def ranks(similarity: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks from 0 on: of each image's best caption (n,) among the others' captions, of each caption's image (m,) among the images.
 
     Args:
         similarity (n, m) of n images and m captions. owner (m,): the image of each caption.
@@ -14,9 +14,13 @@ def recalls(similarity: torch.Tensor, owner: torch.Tensor) -> dict[str, float]:
     own = owner[None] == torch.arange(len(similarity))[:, None]
     best_own = similarity.masked_fill(~own, float("-inf")).amax(1, keepdim=True)
     rank_of_caption = (similarity.masked_fill(own, float("-inf")) > best_own).sum(1)
-    rank_of_image = (similarity > similarity[owner, torch.arange(len(owner))]).sum(0)
+    return rank_of_caption, (similarity > similarity[owner, torch.arange(len(owner))]).sum(0)
+
+
+def recalls(similarity: torch.Tensor, owner: torch.Tensor) -> dict[str, float]:
+    """R@1, 5, 10 (percent) and median rank (1 is best), image to text (its best caption) and text to image; arguments as of `ranks`."""
     result = {}
-    for name, rank in (("image_to_text", rank_of_caption), ("text_to_image", rank_of_image)):
+    for name, rank in zip(("image_to_text", "text_to_image"), ranks(similarity, owner)):
         for k in (1, 5, 10):
             result[f"{name}_r{k}"] = 100 * (rank < k).float().mean().item()
         result[f"{name}_median_rank"] = 1 + rank.float().median().item()
