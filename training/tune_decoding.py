@@ -159,7 +159,9 @@ def tune_guide_and_rerank(
             "random_candidate": 100 * cider.mean(),
             "oracle": 100 * cider.max(1).mean(),
         }
-    chosen, rules = simplest_rule(guides, fold, args.most_weights)
+    setting, rules = simplest_rule(guides, fold, args.most_weights)
+    guide, choices = next(one for one in guides if one[0].items() <= setting.items())
+    chosen = guide | choices.outcome({name: value for name, value in setting.items() if name not in guide})
     rerank = {"candidates": candidates, "rules": rules}
     if args.rerank_vocabulary:
         rerank["rarity"] = [[guide | outcome for outcome in choices.with_rarity(chosen)] for guide, choices in guides]
