@@ -84,7 +84,8 @@ train: .venv/installed $(CLASS_HEAD)  ## make the embedded model again, in runs/
 evaluate: .venv/installed  ## measure the embedded model on the validation splits of DATASET and of the WORLDS in DATA
 	$(RUN) -m training.evaluate_captions --model $(EMBEDDED) --dataset $(DATASET) --ablation true \
 		--output $(EMBEDDED)/results.json --pictures runs/report
-	$(RUN) -m training.evaluate_confidence --model $(EMBEDDED) --dataset $(DATASET) --output $(EMBEDDED)/confidence.json
+	$(RUN) -m training.evaluate_confidence --model $(EMBEDDED) --dataset $(DATASET) --output $(EMBEDDED)/confidence.json \
+		--also_trained_on $(WEB) --other_photographs $(addprefix $(DATA)/,$(WORLDS))
 	mv $(EMBEDDED)/confidence.png docs/confidence.png
 	cp $(EMBEDDED)/results.json benchmarks/results/captions_$(notdir $(DATASET)).json
 	for world in $(WORLDS); do \

@@ -39,7 +39,7 @@ MOST_BYTES = "30mb"  # of one file
 KEPT = (600, 1800)  # seconds: every 10 minutes, uploads older than half an hour are deleted
 DIVERSITY = 0.4  # of varied captions
 MAPS = 3  # words whose place in the image is shown
-ENERGY = "free energy of the image under the RBM, less that without hidden causes, in nats: the higher, the fewer causes it finds"
+ENERGY = "in nats: the higher, the less like what the RBM knows"
 STYLE = """
 .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem}
 .cards article {border: 1px solid var(--border-color-primary); border-radius: .5rem; padding: .75rem; overflow-wrap: anywhere}
@@ -116,7 +116,7 @@ class Window:
         return f'<div class="cards">{"".join(cards)}</div>', text, *downloads(Path(self.folder.name), text, captions)
 
     def look(self, image: Image.Image, guide: float, candidates: int, number: int):
-        """BLIP's caption, BLIP-RBM's, the relative free energy (nats) and the RBM's words of one image."""
+        """BLIP's caption, BLIP-RBM's, the image's energy (nats) and the RBM's words of one image."""
         pixels = self.captioner.preprocess(image)
         plain = self.captioner(pixels, rbm=False)[0]
         settings = {"num_return_sequences": number, "top_words": 6}
@@ -128,7 +128,7 @@ class Window:
             torch.manual_seed(0)  # the same image and sliders, the same captions
             settings |= {"rbm_diversity": DIVERSITY} if self.has_words else {"do_sample": True}
         ours = self.captioner(pixels, **settings)
-        energy = self.model.image_relative_free_energy(pixels["pixel_values"].to(self.model.device))
+        energy = self.model.image_energy(pixels["pixel_values"].to(self.model.device))
         return plain, ours, float(energy), list(ours[0]["words"])
 
     @torch.no_grad()

@@ -22,13 +22,15 @@ def main(args):
     model = BlipRBMForImageTextRetrieval.from_pretrained(args.model).eval()
     processor = BlipRBMProcessor.from_pretrained(args.model)
     files = image_files([args.images])
-    output = model(**processor(images=files), **processor(text=args.text))
+    images = processor(images=files)
+    output = model(**images, **processor(text=args.text))
     print(f"best for {args.text!r}, by pointwise mutual information in nats:")
     for i in output.logits_per_image[:, 0].argsort(descending=True).tolist():
         print(f"{output.logits_per_image[i, 0]:8.2f} {files[i].name}")
-    print("least like what the model knows, by relative free energy in nats:")
-    for i in output.image_relative_free_energy.argsort(descending=True).tolist()[:3]:
-        print(f"{output.image_relative_free_energy[i]:8.1f} {files[i].name}")
+    print("least like what the model knows, by the RBM's energy in nats:")
+    energy = model.image_energy(images["pixel_values"])
+    for i in energy.argsort(descending=True).tolist()[:3]:
+        print(f"{energy[i]:8.1f} {files[i].name}")
 
 
 if __name__ == "__main__":

@@ -213,9 +213,15 @@ class ImageEnergies:
     @torch.no_grad()
     def image_relative_free_energy(self, pixel_values=None, vision_hidden_states=None) -> torch.Tensor:
         """F(x) - F_0(x) (B,) in nats, of images (B, 3, S, S) or the tower's output (B, N, C): minus a log-likelihood ratio, high where the
-        RBM finds few causes (`rbm.relative_free_energy`). `docs/results.md` measures which unlike images it tells apart."""
+        RBM finds few causes (`rbm.relative_free_energy`)."""
         tokens = self.vision_hidden_states(pixel_values, vision_hidden_states)
         return relative_free_energy(self.rbm_parameters(), self.rbm_layer.hidden_input(tokens))
+
+    def image_energy(self, pixel_values=None, vision_hidden_states=None) -> torch.Tensor:
+        """(B,) in nats, the higher, the more unlike what the RBM knows: whichever of the two tells more unlike images apart, as measured in
+        `docs/results.md`. That is the relative free energy of an RBM that reads all tokens, and F(x) of one that reads the pooled image."""
+        of_image = self.image_relative_free_energy if self.rbm_layer.rbm.tokens else self.image_free_energy
+        return of_image(pixel_values, vision_hidden_states)
 
     def _free_energy(self, tokens: torch.Tensor) -> torch.Tensor:
         rbm = self.rbm_layer.rbm

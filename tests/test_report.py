@@ -102,3 +102,46 @@ def test_every_block_is_used_in_a_document_and_every_document_has_one():
     texts = {name: (report.REPO / name).read_text() for name in report.DOCUMENTS}
     for name in report.blocks():
         assert any(f"<!-- {name} -->" in text or f"\n# {name}\n" in text for text in texts.values()), name
+
+
+def unlike(best, low, high):
+    """A results file in which the best score without an RBM has that difference to ours."""
+    score = lambda name, value: {name: value, "low": value - 0.01, "high": value + 0.01}
+    values = {"relative free energy": 0.7, "free energy": 0.97, "Mahalanobis distance": best, "confidence": 0.93}
+    mean = {
+        "auc": {name: score("auc", value) for name, value in values.items()},
+        "difference": {
+            name: {"difference": value - 0.7, "low": low, "high": high} for name, value in list(values.items())[1:]
+        },
+    }
+    kinds = ("noise", "photographs of web", "blurred")
+    return {
+        "images": {"inside": 1103, "of_a_kind": 101, "compared_to": 2003},
+        "inside": "photographs of flickr8k",
+        "sorted_by": "relative free energy",
+        "auc": {name: {kind: score("auc", value) for kind in kinds} for name, value in values.items()},
+        "mean": {"photographs of flickr8k": mean, "photographs of web": mean},
+    }
+
+
+def test_table_of_unlike_images():
+    lines = report.unlike_block(unlike(0.83, 0.11, 0.17)).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:7]] == [
+        "| noise",
+        "| blurred",
+        "| **mean of the above**",
+        "| **mean, against photographs of web**",
+        "| photographs of web",
+    ]
+    assert lines[2].split(" | ")[3] == "0.83 [0.82, 0.84]"
+    assert "1,103 photographs of flickr8k against 101" in lines[-1] and "2,003 training" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict", [(0.11, 0.17, "(better)"), (-0.2, -0.1, "(worse)"), (-0.1, 0.1, "(no clear difference)")]
+)
+def test_the_best_control_is_named_whichever_way_it_went(low, high, verdict):
+    said = report.unlike_summary(unlike(0.83, low, high))
+    assert said.startswith("Mean AUC of the relative free energy over 2 kinds") and "confidence" not in said
+    assert "against photographs of web 0.70 [0.69, 0.71] (free energy 0.97)" in said
+    assert said.count(f"Mahalanobis distance has most, 0.83 [0.82, 0.84] {verdict}") == 2

@@ -9,34 +9,39 @@ at least as near to the references, by CIDEr-D, as half of the human captions ar
 `--split`: reliability curve, expected calibration error, CIDEr-D of the captions that are left when the least confident
 ones are withheld.
 
-*Energy*: F(x) of `--split` against images of other kinds (noise, textures, pages of text, a medical scan, drawings),
-AUC of each.
+*Unlike images*: photographs of `--split` against images of other kinds, made (noise, textures, pages of text, a medical
+scan, drawings) and spoiled (the last photographs of `--split`, which are not among those that they are compared with). The AUC
+of the RBM's free energy, of its relative free energy, and of controls that need no RBM: `training/lib/outliers.py`.
 
 Writes `--output`, and a picture beside it.
 """
 
-import gzip
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from datasets import Dataset
+from PIL import Image
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from tqdm.auto import tqdm
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
+from modeling_blip_rbm.inference_blip_rbm import fast_tower, image_tokens
 from training.lib.arguments import MeasureArguments, parse_arguments
 from training.lib.checkpoints import write_json
 from training.lib.data import split_held_back
-from training.lib.features import cache_features
+from training.lib.features import FeatureStore, cache_features
 from training.lib.metrics import CiderD
+from training.lib.outliers import TrainingImages, all_scores, aucs, means, model_scores
 from training.lib.pairs import load_pairs
 from training.lib.stage import run_stage
+from training.lib.unlike_images import made_images, spoiled_images
 
 
 matplotlib.use("Agg")
@@ -47,7 +52,17 @@ import matplotlib.pyplot as plt
 class ConfidenceArguments(MeasureArguments):
     train_split: str = field(default="train", metadata={"help": "split whose held-back images calibrate"})
     held_back: int = field(default=400, metadata={"help": "how many they are, as in the stages before"})
-    kind_images: int = field(default=200, metadata={"help": "images of every other kind"})
+    kind_images: int = field(default=100, metadata={"help": "images of every other kind"})
+    fit_images: int = field(
+        default=1500, metadata={"help": "training images of a data set to which the controls compare images, at most"}
+    )
+    also_trained_on: list[str] = field(
+        default_factory=list,
+        metadata={"help": "further data sets, to whose training images they compare images as well"},
+    )
+    other_photographs: list[str] = field(
+        default_factory=list, metadata={"help": "further data sets, whose photographs should not stand out"}
+    )
     batch_size: int = field(default=16, metadata={"help": "images at a time"})
     save: bool = field(default=True, metadata={"help": "write the calibration into the model's config.json"})
     seed: int = field(default=0, metadata={"help": "of the images of other kinds"})
@@ -63,15 +78,16 @@ def human_cider(references: list[list[str]]) -> np.ndarray:
 
 
 @torch.no_grad()
-def captions_with_evidence(model, processor, store, rows, batch_size) -> tuple[list[str], np.ndarray]:
-    """Captions as the model writes them, and (n, 2) log P per token and PMI."""
-    captions, evidence = [], []
-    for start in tqdm(range(0, len(rows), batch_size), desc="caption", leave=False):
-        encoding = model.encode_image(vision_hidden_states=store.batch(rows[start : start + batch_size]))
+def looked_at(model, processor, batches: Iterable[torch.Tensor]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Captions as the model writes them; "evidence" (n, 2), log P per token and PMI, and what `model_scores` gives. `batches`: tokens (B, N, C)."""
+    captions, seen = [], []
+    for tokens in tqdm(batches, desc="caption", leave=False):
+        encoding = model.encode_image(vision_hidden_states=tokens)
         sequences = model.generate(encoding=encoding)
         captions += processor.captions(sequences)
-        evidence.append(model.caption_evidence(encoding, sequences))
-    return captions, torch.cat(evidence).numpy()
+        evidence = {"evidence": model.caption_evidence(encoding, sequences)}
+        seen.append(evidence | model_scores(model, tokens, encoding.hidden_input))
+    return captions, {name: torch.cat([one[name] for one in seen]).numpy() for name in seen[0]}
 
 
 def expected_calibration_error(prob, right, bins: int = 10) -> float:
@@ -101,82 +117,74 @@ def measure_confidence(prob, right, cider) -> dict:
 # ---------------------------------------------------------------------- images of other kinds
 
 
-def other_kinds(n: int, seed: int, size: int = 224) -> dict[str, list[Image.Image]]:
-    """n images of each kind that are no photographs of everyday scenes; made or shipped with a package, none
-    downloaded."""
-    rng = np.random.default_rng(seed)
+def other_photographs(args) -> dict[str, list[Image.Image]]:
+    """Photographs of each of `--other_photographs`, as many as of any kind, by what the table calls them.
+
+    Raises:
+        ValueError: if a data set has too few.
+    """
+    photographs = {}
+    for path in args.other_photographs:
+        dataset = load_pairs(path, args.split)
+        if len(dataset) < args.kind_images:
+            raise ValueError(f"{path} has {len(dataset)} images: give --kind_images {len(dataset)}, or less")
+        photographs[f"photographs of {Path(path).name}"] = spread(dataset, args.kind_images)["image"][:]
+    return photographs
+
+
+def spread(dataset: Dataset, n: int) -> Dataset:
+    """n rows, evenly spread; all if there are fewer."""
+    return dataset.select(np.linspace(0, len(dataset) - 1, min(n, len(dataset))).astype(int))
+
+
+def training_images(args, model, processor, train: Dataset) -> TrainingImages:
+    """Those of train, and of `--also_trained_on`."""
+    stores = []
+    for dataset in (train, *(load_pairs(path, args.train_split) for path in args.also_trained_on)):
+        some = spread(dataset, args.fit_images)
+        stores.append(
+            cache_features(model.vision_model, processor.image_processor, some, args.cache_dir, pooling="mean")
+        )
+    store = FeatureStore.joined(stores)
+    return TrainingImages(np.stack([store.view(row, 0) for row in range(len(store))]).astype(np.float32))
+
+
+def unlike_images(args, model, processor, train, photographs, inside: dict[str, np.ndarray]) -> dict:
+    """How well each score tells images of other kinds from photographs, see `training/lib/outliers.py`.
+
+    Args:
+        train: images to which the controls compare. photographs: to be spoiled. inside: what was seen (`looked_at`) of others.
+    """
+    training, tower = training_images(args, model, processor, train), fast_tower(model.vision_model)
+    unlike, others = made_images(args.kind_images, args.seed), other_photographs(args)
+    unlike |= spoiled_images(photographs, args.seed)
+    scores = {}
+    for kind, images in tqdm((unlike | others).items(), desc="images of other kinds"):
+        parts = (images[start : start + args.batch_size] for start in range(0, len(images), args.batch_size))
+        batches = (image_tokens(tower, processor(images=part)["pixel_values"]) for part in parts)
+        scores[kind] = all_scores(looked_at(model, processor, batches)[1], training, model.confidence)
+    inside = all_scores(inside, training, model.confidence)
+    sorted_by = "relative free energy" if model.rbm_layer.rbm.tokens else "free energy"  # `image_energy`
+    ours = f"photographs of {Path(args.dataset).name}"
+    outside = {kind: scores[kind] for kind in unlike}
     return {
-        "noise": [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(n)],
-        "textures": [texture(rng, size) for _ in range(n)],
-        "text pages": [text_page(rng, size) for _ in range(n)],
-        "medical": medical(rng, n, size),
-        "drawings": [drawing(rng, size) for _ in range(n)],
+        "images": {"inside": len(inside[sorted_by]), "of_a_kind": len(photographs), "compared_to": training.count},
+        "inside": ours,
+        "sorted_by": sorted_by,
+        "auc": aucs(inside, scores),
+        "mean": {
+            photographs: means(some, outside, sorted_by)
+            for photographs, some in [(ours, inside), *((name, scores[name]) for name in others)]
+        },
     }
-
-
-def texture(rng, size):
-    """Waves of two random directions and lengths, in two random colours."""
-    y, x = np.mgrid[:size, :size] / size
-    waves = 0.0
-    for _ in range(2):
-        angle, length = rng.uniform(0, np.pi), rng.uniform(0.02, 0.3)
-        waves = waves + np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / length + rng.uniform(0, 6))
-    share = ((waves + 2) / 4)[..., None]
-    one, other = rng.integers(0, 256, (2, 3))
-    return Image.fromarray((share * one + (1 - share) * other).astype(np.uint8))
-
-
-def text_page(rng, size):
-    """Lines of random words, black on white."""
-    page = Image.new("RGB", (size, size), "white")
-    draw, font, y = ImageDraw.Draw(page), ImageFont.load_default(int(rng.integers(8, 16))), 8
-    while y < size - 8:
-        words = ("".join(rng.choice(list("abcdefghiklmnoprstuvwy"), rng.integers(2, 9))) for _ in range(8))
-        draw.text((8, y), " ".join(words), fill="black", font=font)
-        y += font.size * 1.4
-    return page
-
-
-def medical(rng, n, size):
-    """Random views of the MRI slice that matplotlib ships."""
-    with gzip.open(Path(matplotlib.get_data_path()) / "sample_data" / "s1045.ima.gz") as file:
-        scan = np.frombuffer(file.read(), np.uint16).reshape(256, 256).astype(float)
-    scan = Image.fromarray((255 * np.clip(scan / np.quantile(scan, 0.995), 0, 1)).astype(np.uint8)).convert("RGB")
-    images = []
-    for _ in range(n):
-        side, angle = int(rng.integers(150, 256)), rng.uniform(-30, 30)
-        left, top = rng.integers(0, 256 - side + 1, 2)
-        images.append(scan.rotate(angle).crop((left, top, left + side, top + side)).resize((size, size)))
-    return images
-
-
-def drawing(rng, size):
-    """A few coloured shapes with outlines on a plain ground."""
-    picture = Image.new("RGB", (size, size), tuple(rng.integers(180, 256, 3)))
-    draw = ImageDraw.Draw(picture)
-    for _ in range(rng.integers(3, 9)):
-        (left, top), (width, height) = rng.integers(0, size - 40, 2), rng.integers(20, 120, 2)
-        shape = (draw.ellipse, draw.rectangle)[rng.integers(2)]
-        box = tuple(int(v) for v in (left, top, left + width, top + height))
-        shape(box, fill=tuple(int(v) for v in rng.integers(0, 256, 3)), outline="black", width=2)
-    return picture
-
-
-@torch.no_grad()
-def energies_of(model, processor, images, batch_size) -> np.ndarray:
-    """F(x) (n,) of PIL images."""
-    result = []
-    for start in range(0, len(images), batch_size):
-        pixel_values = processor(images=images[start : start + batch_size])["pixel_values"]
-        result.append(model.image_free_energy(pixel_values))
-    return torch.cat(result).numpy()
 
 
 # ---------------------------------------------------------------------- results
 
 
-def plot(result: dict, energies: dict[str, np.ndarray], path: Path):
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
+def plot(result: dict, path: Path):
+    sizes = {"width_ratios": (1, 1, 1.9)}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(19, 5), layout="constrained", gridspec_kw=sizes)
     confidence = result["confidence"]
     left.plot([0, 1], [0, 1], color="grey", linestyle=":")
     left.plot(confidence["reliability"]["stated"], confidence["reliability"]["right"], marker="o")
@@ -184,9 +192,15 @@ def plot(result: dict, energies: dict[str, np.ndarray], path: Path):
     shares, values = zip(*confidence["cider_of_most_confident"].items())
     middle.plot(shares, values, marker="o")
     middle.set(xlabel="share of captions kept, most confident first", ylabel="CIDEr-D", title="abstaining")
-    right.boxplot(energies.values(), tick_labels=list(energies), showfliers=False)
-    right.set(ylabel="F(x), nats", title="energy of images")
-    right.tick_params(axis="x", rotation=20)
+    measured = result["unlike"]["auc"]
+    values = np.array([[one["auc"] for one in of_kinds.values()] for of_kinds in measured.values()])
+    right.imshow(values, cmap="RdBu", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        colour = "white" if abs(value - 0.5) > 0.35 else "black"
+        right.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    right.set_xticks(range(values.shape[1]), next(iter(measured.values())), rotation=40, ha="right")
+    right.set_yticks(range(len(measured)), measured)
+    right.set_title("telling other images from photographs: AUC, 0.5 by chance")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -196,42 +210,43 @@ def main():
     processor = BlipRBMProcessor.from_pretrained(args.model)
     model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
     train = load_pairs(args.dataset, args.train_split, **args.columns)
-    train = train.select(split_held_back(train, args.held_back)[1])
+    trained_on, held_back = split_held_back(train, args.held_back)
     unseen = load_pairs(args.dataset, args.split, args.max_images, **args.columns)
+    inside = len(unseen) - args.kind_images
+    if inside < 1:
+        raise ValueError(
+            f"--kind_images {args.kind_images} leaves none of the {len(unseen)} images of {args.split} to compare with: give less"
+        )
 
     parts = {}
-    for name, dataset in (("fit", train), ("test", unseen)):
+    for name, dataset in (("fit", train.select(held_back)), ("test", unseen)):
         references = dataset["captions"][:]
         store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
-        captions, evidence = captions_with_evidence(model, processor, store, range(len(dataset)), args.batch_size)
+        starts = range(0, len(dataset), args.batch_size)
+        batches = (store.batch(range(start, min(start + args.batch_size, len(dataset)))) for start in starts)
+        captions, seen = looked_at(model, processor, batches)
         cider = CiderD(references).scores(captions)
-        parts[name] = evidence, cider, cider >= np.median(human_cider(references))
-    evidence, _, right = parts["fit"]
+        parts[name] = seen, cider, cider >= np.median(human_cider(references))
+    seen, _, right = parts["fit"]
     if right.all() or not right.any():
         raise ValueError(f"{right.sum()} of {len(right)} held-back captions are right: nothing to calibrate on")
-    fitted = LogisticRegression(C=100.0).fit(evidence, right)
+    fitted = LogisticRegression(C=100.0).fit(seen["evidence"], right)
     weights = [float(fitted.intercept_[0]), *map(float, fitted.coef_[0])]
     model.config.rbm_confidence = weights
-    evidence, cider, right = parts["test"]
-    prob = model.confidence(torch.from_numpy(evidence)).numpy()
+    seen, cider, right = parts["test"]
+    prob = model.confidence(torch.from_numpy(seen["evidence"])).numpy()
+    photographs = unseen.select(range(inside, len(unseen)))["image"][:]
+    seen = {name: values[:inside] for name, values in seen.items()}
     result = {
         "split": args.split,
         "images": len(unseen),
         "weights": dict(zip(("bias", "log_prob_per_token", "pmi"), weights)),
         "confidence": measure_confidence(prob, right, cider),
-    }
-    energies = {args.split: energies_of(model, processor, unseen["image"][:], args.batch_size)}
-    for kind, images in tqdm(other_kinds(args.kind_images, args.seed).items(), desc="images of other kinds"):
-        energies[kind] = energies_of(model, processor, images, args.batch_size)
-    inside = energies[args.split]
-    result["energy_auc"] = {
-        kind: roc_auc_score(np.r_[np.zeros(len(inside)), np.ones(len(outside))], np.r_[inside, outside])
-        for kind, outside in energies.items()
-        if kind != args.split
+        "unlike": unlike_images(args, model, processor, train.select(trained_on), photographs, seen),
     }
     output = Path(args.output)
     write_json(output, result)
-    plot(result, energies, output.with_suffix(".png"))
+    plot(result, output.with_suffix(".png"))
     config_file = Path(args.model) / "config.json"
     if args.save and config_file.exists():
         write_json(config_file, json.loads(config_file.read_text()) | {"rbm_confidence": weights})

@@ -212,9 +212,47 @@ def confidence_block() -> str:
         ["CIDEr-D of all captions", f"{confidence['cider_all']:.1f}"],
         ["without the least confident fifth", f"{confidence['cider_abstaining_at_20_percent']:.1f}"],
         ["of the most confident fifth", f"{confidence['cider_of_most_confident']['0.2']:.1f}"],
-        ["AUC of the energy F(x) against images of other kinds", ", ".join(f"{kind} {auc:.2f}" for kind, auc in result["energy_auc"].items())],
     ]  # fmt: skip
     return table([f"{result['images']:,} images of {result['split']}", ""], rows)
+
+
+def auc_interval(entry: dict) -> str:
+    return f"{entry['auc']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]"
+
+
+def unlike_block(unlike: dict) -> str:
+    """AUC of each score for each kind of image, and the means over the kinds that are no photographs of a data set: `training.lib.outliers`."""
+    scores, means = unlike["auc"], unlike["mean"]
+    kinds = sorted(next(iter(scores.values())), key=lambda kind: kind in means)
+    rows = [[kind, *(auc_interval(of_kinds[kind]) for of_kinds in scores.values())] for kind in kinds]
+    at = len(kinds) + 1 - len(means)  # before photographs, which should not stand out
+    for photographs, mean in reversed(means.items()):
+        name = "**mean of the above**" if photographs == unlike["inside"] else f"**mean, against {photographs}**"
+        rows.insert(at, [name, *(auc_interval(mean["auc"][score]) for score in scores)])
+    images = unlike["images"]
+    said = (
+        f"{images['inside']:,} {unlike['inside']} against {images['of_a_kind']:,} images of each kind; the distances are from "
+        f"{images['compared_to']:,} training images. Intervals: paired bootstrap over images."
+    )
+    return f"{table(['AUC; 0.5 as by chance', *scores], rows)}\n\n{said}"
+
+
+def unlike_summary(unlike: dict) -> str:
+    """What the RBM's energy is worth beside the best score that needs no RBM, against each kind of photographs."""
+    ours, parts = unlike["sorted_by"], []
+    (other,) = {"free energy", "relative free energy"} - {ours}
+    for photographs, mean in unlike["mean"].items():
+        aucs = mean["auc"]
+        controls = mean["difference"].keys() - {other, "confidence"}
+        best = max(sorted(controls), key=lambda score: aucs[score]["auc"])
+        low, high = mean["difference"][best]["low"], mean["difference"][best]["high"]
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
+        parts.append(
+            f"against {photographs} {auc_interval(aucs[ours])} ({other} {aucs[other]['auc']:.2f}), and of the scores that need no RBM "
+            f"{best} has most, {auc_interval(aucs[best])} ({verdict})"
+        )
+    kinds = len(next(iter(unlike["auc"].values()))) + 1 - len(unlike["mean"])
+    return f"Mean AUC of the {ours} over {kinds} kinds of unlike images (0.5 as by chance): {'; '.join(parts)}."
 
 
 def speed_block() -> str:
@@ -402,7 +440,7 @@ def model_index(results: dict) -> str:
 
 def blocks() -> dict[str, str]:
     """What stands between the markers of each name."""
-    results = read(f"{CHECKPOINT}/results.json")
+    results, unlike = read(f"{CHECKPOINT}/results.json"), read(f"{CHECKPOINT}/confidence.json")["unlike"]
     return {
         "parameters": f"{results['parameters'] / 1e6:.1f} M parameters",
         "gain": interval(results["difference"]["CIDEr-D"]),
@@ -418,6 +456,9 @@ def blocks() -> dict[str, str]:
         "control": control_block(),
         "diversity": diversity_block(),
         "confidence": confidence_block(),
+        "unlike": unlike_block(unlike),
+        "unlike-summary": unlike_summary(unlike),
+        "unlike-pooled": unlike_summary(read(f"{BENCHMARKS}/confidence_0.1.0.json")["unlike"]),
         "speed": speed_block(),
         "int8": int8_block(),
         "training": training_block(),

@@ -40,6 +40,6 @@ stage $RUNS/blip-rbm-small/tuning.json tune_decoding training/recipes/decoding-s
     --output_dir $RUNS/blip-rbm-small
 # into its config: how sure a match of image and text is, and a caption
 stage $RUNS/match/capfilt.json capfilt --model $RUNS/blip-rbm-small --dataset "$HUMAN" --views 2 --held_back 500 --output_dir $RUNS/match
-stage $RUNS/blip-rbm-small/confidence.json evaluate_confidence --model $RUNS/blip-rbm-small --dataset "$HUMAN" \
+stage $RUNS/blip-rbm-small/confidence.json evaluate_confidence --model $RUNS/blip-rbm-small --dataset "$HUMAN" --also_trained_on "$WEB" \
     --output $RUNS/blip-rbm-small/confidence.json
 cp $RUNS/tower/captioner.json $RUNS/rbm/rbm.json $RUNS/phrases/phrases.json $RUNS/blip-rbm-small/

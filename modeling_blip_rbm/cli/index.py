@@ -33,13 +33,15 @@ def fingerprint(model) -> str:
         ]
         if weight.numel()
     ]
-    return json.dumps([model.config.rbm_pooling, *sums])
+    return json.dumps(["image_energy", model.config.rbm_pooling, *sums])
 
 
 @torch.no_grad()
-def look_at(model, pixel_values) -> torch.Tensor:
-    """The hidden causes' input a (B, H) of images (B, 3, S, S), on the CPU."""
-    return model.rbm_layer.hidden_input(model.vision_hidden_states(pixel_values.to(model.device))).float().cpu()
+def look_at(model, pixel_values) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden causes' input a (B, H) and `image_energy` (B,) of images (B, 3, S, S), both on the CPU."""
+    tokens = model.vision_hidden_states(pixel_values.to(model.device))
+    hidden_input = model.rbm_layer.hidden_input(tokens)
+    return hidden_input.float().cpu(), model.image_energy(vision_hidden_states=tokens).float().cpu()
 
 
 class Index:
@@ -48,6 +50,7 @@ class Index:
     Attributes:
         files: N paths below the folder.
         hidden_input: a (N, H).
+        energy: `image_energy` (N,) in nats.
 
     Args:
         file: where it is kept.
@@ -56,16 +59,15 @@ class Index:
 
     def __init__(self, folder: Path, file: Path, model):
         self.folder, self.file, self.key = folder, file, fingerprint(model)
-        self.hidden_size = model.config.rbm_hidden_size
-        self.rows: dict[str, tuple[str, torch.Tensor]] = {}  # path: state, a (H,)
+        self.rows: dict[str, tuple[str, torch.Tensor, torch.Tensor]] = {}  # path: state, a (H,), energy ()
         if not file.is_file():
             return
         try:
             with safe_open(file, "pt") as kept:
                 metadata = kept.metadata() or {}
                 if metadata.get("model") == self.key:
-                    states, a = json.loads(metadata["states"]), kept.get_tensor("a")
-                    self.rows = {path: (state, a[i]) for i, (path, state) in enumerate(states)}
+                    states, a, energy = json.loads(metadata["states"]), kept.get_tensor("a"), kept.get_tensor("energy")
+                    self.rows = {path: (state, a[i], energy[i]) for i, (path, state) in enumerate(states)}
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             complain(f"{file}: the index is damaged and is made anew ({type(error).__name__})")
 
@@ -83,9 +85,9 @@ class Index:
             return state, processor(images=file)["pixel_values"]
 
         def look_at_waiting():
-            a = look_at(model, torch.cat([pixels for _, _, pixels in waiting]))
-            for (name, state, _), of_image in zip(waiting, a):
-                self.rows[name] = (state, of_image)
+            a, energy = look_at(model, torch.cat([pixels for _, _, pixels in waiting]))
+            for (name, state, _), *row in zip(waiting, a, energy):
+                self.rows[name] = (state, *row)
             waiting.clear()
 
         try:
@@ -112,10 +114,11 @@ class Index:
             return False
 
     def _save(self):
-        states = json.dumps([[name, state] for name, (state, _) in self.rows.items()])
+        states = json.dumps([[name, state] for name, (state, _, _) in self.rows.items()])
         part = self.file.with_name(f"{self.file.name}.part")
+        tensors = {"a": self.hidden_input, "energy": self.energy}
         try:
-            save_file({"a": self.hidden_input}, part, metadata={"model": self.key, "states": states})
+            save_file(tensors, part, metadata={"model": self.key, "states": states})
             os.replace(part, self.file)
         except (OSError, SafetensorError) as error:
             complain(f"{self.file}: the index cannot be kept, so all is looked at again next time ({error})")
@@ -126,4 +129,8 @@ class Index:
 
     @property
     def hidden_input(self) -> torch.Tensor:
-        return torch.stack([a for _, a in self.rows.values()]) if self.rows else torch.zeros(0, self.hidden_size)
+        return torch.stack([a for _, a, _ in self.rows.values()]) if self.rows else torch.zeros(0, 0)
+
+    @property
+    def energy(self) -> torch.Tensor:
+        return torch.stack([energy for _, _, energy in self.rows.values()]) if self.rows else torch.zeros(0)

@@ -14,7 +14,7 @@ from modeling_blip_rbm.cli.index import NAME, Index
 from modeling_blip_rbm.cli.models import load
 from modeling_blip_rbm.cli.sheet import write_sheet
 from modeling_blip_rbm.files import find_images
-from modeling_blip_rbm.rbm import pairwise_mutual_information, relative_free_energy
+from modeling_blip_rbm.rbm import pairwise_mutual_information
 
 
 SEARCH_EXAMPLES = """
@@ -30,12 +30,12 @@ examples:
   blip-rbm search holiday/ "a boat" --json | jq -r .image
 """
 ENERGY_EXAMPLES = """
-A line is "energy file", in nats, the highest first: the free energy of the
-image under the RBM, less that without hidden causes. It is minus the logarithm
-of a likelihood ratio, and high where the RBM finds few causes in the image: it
-was trained on nothing like it, or there is little to see. A caption may be wrong
-all the same where it is low. Only the order, and differences of one model, mean
-something. {measured}
+A line is "energy file", in nats, the highest first. Of an RBM that reads all
+tokens of an image (the embedded one) it is the relative free energy, minus the
+logarithm of a likelihood ratio: high where the RBM finds few causes in the image.
+Of an RBM that reads the pooled image it is the free energy: high far from the
+training images. A caption may be wrong where it is low, and right where it is
+high. Only the order, and differences of one model, mean something. {measured}
 examples:
   blip-rbm energy holiday/ | head
   blip-rbm energy holiday/ --top 24 --html unlike.html
@@ -97,22 +97,20 @@ def known_words(text: str, model, processor) -> torch.Tensor:
     return model.get_text_features(torch.tensor([tokens], device=model.device))
 
 
-@torch.no_grad()
 def energy_command(args) -> int:
     """Print the images, those most unlike what the RBM knows first. Returns the exit code."""
-    index, report, model, _ = indexed(args)
-    energy = relative_free_energy(model.rbm_parameters(), index.hidden_input.to(model.device))
-    return show(args, index, energy.cpu(), report, "Images unlike what the model knows")
+    index, report, _, _ = indexed(args)
+    return show(args, index, index.energy, report, "Images unlike what the model knows")
 
 
 def measured(model: str | None) -> str:
     """Which images the energy of a model tells apart, by the results file in its folder; nothing if there is none."""
     try:
-        aucs = json.loads((Path(model or "") / "confidence.json").read_text())["unlike"]["auc"]["relative free energy"]
-        said = ", ".join(f"{kind} {one['auc']:.2f}" for kind, one in aucs.items())
+        unlike = json.loads((Path(model or "") / "confidence.json").read_text())["unlike"]
+        said = ", ".join(f"{kind} {one['auc']:.2f}" for kind, one in unlike["auc"][unlike["sorted_by"]].items())
+        chance = f"Measured on this model against {unlike['inside']} (AUC; 0.5 as by chance): {said}."
     except (OSError, ValueError, KeyError):
         return ""
-    chance = f"Measured against validation photographs of this model (AUC; 0.5: as by chance): {said}."
     return f"\n\n{textwrap.fill(chance, 80)}\n"
 
 

@@ -58,7 +58,7 @@ def test_search_ranks_as_the_retrieval_head(command, photos, saved_model, proces
 def test_energy_sorts_the_unlike_first(command, photos, saved_model, processor):
     lines = [json.loads(line) for line in command("energy", photos, "--json").lines]
     model = BlipRBMForImageTextRetrieval.from_pretrained(saved_model).eval()
-    expected = model.image_relative_free_energy(processor(images=[line["image"] for line in lines])["pixel_values"])
+    expected = model.image_free_energy(processor(images=[line["image"] for line in lines])["pixel_values"])
     assert len(lines) == 6 and [line["energy"] for line in lines] == pytest.approx(expected.tolist(), rel=1e-4)
     assert expected.tolist() == sorted(expected.tolist(), reverse=True)
 
@@ -66,7 +66,10 @@ def test_energy_sorts_the_unlike_first(command, photos, saved_model, processor):
 def test_help_says_what_was_measured_of_the_model(saved_model, monkeypatch, capsys):
     aucs = {"noise": {"auc": 0.97}, "upside down": {"auc": 0.53}}
     monkeypatch.setenv("BLIP_RBM_MODEL", str(saved_model))
-    for measured, said in (({"unlike": {"auc": {"relative free energy": aucs}}}, True), ({"energy_auc": {}}, False)):
+    for measured, said in (
+        ({"unlike": {"inside": "photographs", "sorted_by": "F", "auc": {"F": aucs}}}, True),
+        ({"energy_auc": {}}, False),
+    ):
         (saved_model / "confidence.json").write_text(json.dumps(measured))
         with pytest.raises(SystemExit):
             main(["energy", "--help"])

@@ -148,7 +148,9 @@ def test_rbm_of_tokens(model, pixel_values, tmp_path):
     torch.testing.assert_close(whole.image_free_energy(pixel_values), token_free_energy(p, x), rtol=1e-4, atol=1e-3)
     mean = torch.zeros_like(x[:1])
     of_image, of_mean = (token_free_energy(p, y) - token_free_energy(p._replace(W=0 * p.W), y) for y in (x, mean))
-    torch.testing.assert_close(whole.image_relative_free_energy(pixel_values), of_image - of_mean, rtol=1e-3, atol=1e-3)
+    relative = whole.image_relative_free_energy(pixel_values)
+    torch.testing.assert_close(relative, of_image - of_mean, rtol=1e-3, atol=1e-3)
+    assert torch.equal(whole.image_energy(pixel_values), relative)
     found = whole.word_map(pixel_values, word_ids[3:5])
     assert found.shape == (5, 2, 10)
     said = torch.sigmoid(a[:, None] + p.U[3:5]) - torch.sigmoid(a)[:, None]
@@ -530,6 +532,7 @@ def test_image_words_and_free_energy(model, pixel_values):
     torch.testing.assert_close(model.image_free_energy(pixel_values), rbm.free_energy(x))
     relative = rbm.free_energy(x) - free_energy(p._replace(W=0 * p.W), x)  # the average image's input is c
     torch.testing.assert_close(model.image_relative_free_energy(pixel_values), relative, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.image_energy(pixel_values), model.image_free_energy(pixel_values))
 
 
 # ---------------------------------------------------------------- weights on disk

@@ -246,9 +246,17 @@ def test_confidence(work, tuned, data, pairs):
         captions = [rows[(i + 1) % len(rows) if i % 3 == 0 else i]["captions"] for i in range(len(rows))]
         rows.remove_columns("captions").add_column("captions", captions).to_parquet(work / "wrong" / f"{split}.parquet")
     command = ["--model", "tuned", "--dataset", "wrong", "--output", "confidence.json", "--held_back", 16]
-    in_process("evaluate_confidence", *command, "--kind_images", 3, *data[-2:], cwd=work)
+    in_process(
+        "evaluate_confidence", *command, "--kind_images", 3, *data[-2:], "--other_photographs", "wrong", cwd=work
+    )
     confidence = json.loads((work / "confidence.json").read_text())
-    assert len(confidence["energy_auc"]) == 5 and (work / "confidence.png").exists()
+    unlike = confidence["unlike"]
+    assert (
+        unlike["images"] == {"inside": 5, "of_a_kind": 3, "compared_to": 8 + 24} and (work / "confidence.png").exists()
+    )
+    for of_kinds in unlike["auc"].values():
+        assert len(of_kinds) == 13 and list(of_kinds)[-1] == "photographs of wrong"
+    assert list(unlike["mean"]) == [unlike["inside"], "photographs of wrong"]
     weights = json.loads((tuned / "config.json").read_text())["rbm_confidence"]
     assert weights == pytest.approx(list(confidence["weights"].values()))
 
