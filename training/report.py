@@ -458,7 +458,6 @@ def blocks() -> dict[str, str]:
         "confidence": confidence_block(),
         "unlike": unlike_block(unlike),
         "unlike-summary": unlike_summary(unlike),
-        "unlike-pooled": unlike_summary(read(f"{BENCHMARKS}/confidence_0.1.0.json")["unlike"]),
         "speed": speed_block(),
         "int8": int8_block(),
         "training": training_block(),
