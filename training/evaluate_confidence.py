@@ -33,6 +33,7 @@ from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from training.lib.arguments import MeasureArguments, parse_arguments
 from training.lib.checkpoints import write_json
 from training.lib.data import split_held_back
+from training.lib.distributed import once_each, own_processes
 from training.lib.features import cache_features
 from training.lib.metrics import CiderD
 from training.lib.pairs import load_pairs
@@ -64,14 +65,20 @@ def human_cider(references: list[list[str]]) -> np.ndarray:
 
 @torch.no_grad()
 def captions_with_evidence(model, processor, store, rows, batch_size) -> tuple[list[str], np.ndarray]:
-    """Captions as the model writes them, and (n, 2) log P per token and PMI."""
-    captions, evidence = [], []
-    for start in tqdm(range(0, len(rows), batch_size), desc="caption", leave=False):
-        encoding = model.encode_image(vision_hidden_states=store.batch(rows[start : start + batch_size]))
-        sequences = model.generate(encoding=encoding)
-        captions += processor.captions(sequences)
-        evidence.append(model.caption_evidence(encoding, sequences))
-    return captions, torch.cat(evidence).numpy()
+    """Captions as the model writes them, and (n, 2) log P per token and PMI. Under `accelerate launch` as `caption_rows`."""
+
+    def of_rows(rows) -> list[tuple[str, np.ndarray]]:
+        written = []
+        for start in tqdm(range(0, len(rows), batch_size), desc="caption", leave=False):
+            features = store.batch(rows[start : start + batch_size]).to(model.device)
+            encoding = model.encode_image(vision_hidden_states=features)
+            sequences = model.generate(encoding=encoding)
+            evidence = model.caption_evidence(encoding, sequences).cpu().numpy()
+            written += zip(processor.captions(sequences), evidence)
+        return written
+
+    captions, evidence = zip(*once_each(of_rows, rows))
+    return list(captions), np.stack(evidence)
 
 
 def expected_calibration_error(prob, right, bins: int = 10) -> float:
@@ -167,9 +174,9 @@ def energies_of(model, processor, images, batch_size) -> np.ndarray:
     """F(x) (n,) of PIL images."""
     result = []
     for start in range(0, len(images), batch_size):
-        pixel_values = processor(images=images[start : start + batch_size])["pixel_values"]
+        pixel_values = processor(images=images[start : start + batch_size])["pixel_values"].to(model.device)
         result.append(model.image_free_energy(pixel_values))
-    return torch.cat(result).numpy()
+    return torch.cat(result).cpu().numpy()
 
 
 # ---------------------------------------------------------------------- results
@@ -193,8 +200,8 @@ def plot(result: dict, energies: dict[str, np.ndarray], path: Path):
 
 def main():
     (args,) = parse_arguments(ConfidenceArguments)
-    processor = BlipRBMProcessor.from_pretrained(args.model)
-    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    processes, processor = own_processes(), BlipRBMProcessor.from_pretrained(args.model)
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval().to(processes.device)
     train = load_pairs(args.dataset, args.train_split, **args.columns)
     train = train.select(split_held_back(train, args.held_back)[1])
     unseen = load_pairs(args.dataset, args.split, args.max_images, **args.columns)
@@ -202,7 +209,8 @@ def main():
     parts = {}
     for name, dataset in (("fit", train), ("test", unseen)):
         references = dataset["captions"][:]
-        store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
+        with processes.main_process_first():  # the others find what it has encoded
+            store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
         captions, evidence = captions_with_evidence(model, processor, store, range(len(dataset)), args.batch_size)
         cider = CiderD(references).scores(captions)
         parts[name] = evidence, cider, cider >= np.median(human_cider(references))
@@ -229,6 +237,8 @@ def main():
         for kind, outside in energies.items()
         if kind != args.split
     }
+    if not processes.is_main_process:
+        return
     output = Path(args.output)
     write_json(output, result)
     plot(result, energies, output.with_suffix(".png"))

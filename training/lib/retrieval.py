@@ -11,10 +11,11 @@ def recalls(similarity: torch.Tensor, owner: torch.Tensor) -> dict[str, float]:
     Args:
         similarity (n, m) of n images and m captions. owner (m,): the image of each caption.
     """
-    own = owner[None] == torch.arange(len(similarity))[:, None]
+    images, captions = (torch.arange(length, device=owner.device) for length in similarity.shape)
+    own = owner[None] == images[:, None]
     best_own = similarity.masked_fill(~own, float("-inf")).amax(1, keepdim=True)
     rank_of_caption = (similarity.masked_fill(own, float("-inf")) > best_own).sum(1)
-    rank_of_image = (similarity > similarity[owner, torch.arange(len(owner))]).sum(0)
+    rank_of_image = (similarity > similarity[owner, captions]).sum(0)
     result = {}
     for name, rank in (("image_to_text", rank_of_caption), ("text_to_image", rank_of_image)):
         for k in (1, 5, 10):
