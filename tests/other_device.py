@@ -9,13 +9,17 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 
-_setup_privateuseone_for_python_backend("other")
+class Backend(_DummyBackendModule):
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend("other", Backend())
 DEVICE, HOST = torch.device("other", 0), torch.device("cpu")
-COPIES = {"_to_copy", "copy_", "_foreach_copy_"}  # which go from one device to another
+COPIES = {"_to_copy", "copy_"}  # which go from one device to another
 NewGenerator, generators = torch.Generator, {}  # by their address: in an operation they are other objects of Python
 
 
@@ -33,31 +37,53 @@ class OtherTensor(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return computed(function, args, kwargs or {})
 
+    def tolist(self):
+        return self.cpu().tolist()
 
-def computed(function, args, kwargs):
-    leaves = tree_leaves((args, kwargs))
-    others = [leaf for leaf in leaves if isinstance(leaf, OtherTensor)]
-    name, asked = function.overloadpacket.__name__, kwargs.get("device")
-    if others and name not in COPIES:
-        for leaf in leaves:  # a number as a tensor may come from the host
-            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, OtherTensor) and leaf.dim():
-                raise RuntimeError(f"{name}: tensors on the CPU and on {DEVICE}")
-    there = bool(others)
-    if asked is not None:
-        there, kwargs = torch.device(asked).type == DEVICE.type, kwargs | {"device": HOST}
-    elif name == "copy_":
-        there = isinstance(args[0], OtherTensor)
-    if (generator := kwargs.get("generator")) is not None and (generator._cdata in generators) != there:
+    def __reduce_ex__(self, protocol):
+        return self.here.__reduce_ex__(protocol)
+
+    def data_ptr(self):
+        return self.here.data_ptr()
+
+    def untyped_storage(self):
+        return self.here.untyped_storage()
+
+
+def mapped(function, value):
+    """The value with the function applied to the tensors in it, by themselves or in lists."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(function, one) for one in value)
+    return function(value) if isinstance(value, torch.Tensor) else value
+
+
+def computed(operation, args, kwargs):
+    """What an operation gives, computed on the CPU; on the device where its tensors are, or where it is asked for."""
+    name, hosts, others = operation.overloadpacket.__name__, [], {}
+
+    def here(tensor):
+        if not isinstance(tensor, OtherTensor):
+            hosts.append(tensor)
+            return tensor
+        others[id(tensor.here)] = tensor
+        return tensor.here
+
+    there = lambda tensor: others[id(tensor)] if id(tensor) in others else OtherTensor(tensor)
+    is_there = name == "copy_" and isinstance(args[0], OtherTensor)
+    args, kwargs = mapped(here, args), {key: mapped(here, value) for key, value in kwargs.items()}
+    if name not in COPIES:
+        is_there = bool(others)
+        if others and any(tensor.dim() for tensor in hosts):  # a number may come from the host
+            raise RuntimeError(f"{name}: tensors on the CPU and on {DEVICE}")
+    if kwargs.get("device") is not None:
+        is_there, kwargs = torch.device(kwargs["device"]).type == DEVICE.type, kwargs | {"device": HOST}
+    elif name == "_to_copy":
+        is_there = bool(others)
+    generator = kwargs.get("generator")
+    if generator is not None and (generator._cdata in generators) != is_there:
         raise RuntimeError(f"{name}: a generator of another device")
-    args, kwargs = tree_map(lambda leaf: leaf.here if isinstance(leaf, OtherTensor) else leaf, (args, kwargs))
-    known = {id(other.here): other for other in others}  # what is computed in its place
-
-    def wrapped(leaf):
-        if not isinstance(leaf, torch.Tensor) or not there:
-            return leaf
-        return known[id(leaf)] if id(leaf) in known else OtherTensor(leaf)
-
-    return tree_map(wrapped, function(*args, **kwargs))
+    result = operation(*args, **kwargs)
+    return mapped(there, result) if is_there else result
 
 
 class OtherDevice(TorchDispatchMode):
@@ -84,6 +110,8 @@ KERNELS.impl(
     "empty_strided", lambda size, stride, dtype, **kwargs: OtherTensor(torch.empty_strided(size, stride, dtype=dtype)), "PrivateUse1"
 )  # fmt: skip
 KERNELS.impl("_copy_from", copy_from, "PrivateUse1")
+AUTOCAST = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+AUTOCAST.fallback(torch.library.fallthrough_kernel)
 
 
 @contextmanager
