@@ -5,8 +5,8 @@
 BLIP-base's and BLIP-large's shape, 20 new tokens, no caption ends early. Contenders take turns; medians over the rounds. "of bound": the
 time in which the decoder's weights and the images' keys and values can be read once a step, at the rate at which this device sums a large
 tensor, by the time of decoding. "waiting": the share of the time in which the host waits for the device; "reads": numbers that it reads, a
-step. Cells that the time does not suffice for are left out and named. The RBM's part trains by `rbm.contrastive_divergence`: `boltzmann`
-itself computes on CPUs.
+step. Cells that the time does not suffice for are left out and named. Samples need no beams, and stand beside 3 beams as well. The RBM's part
+trains by what `boltzmann.RBM(device=...)` does in a step.
 """
 
 import argparse
@@ -21,9 +21,10 @@ from transformers import BlipConfig, BlipForConditionalGeneration, CompileConfig
 
 from benchmarks.generate import length
 from benchmarks.generate_bound import bytes_of_a_step
+from boltzmann.fast import FastContrastiveDivergence
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from modeling_blip_rbm.inference_blip_rbm import ImageCache, behind_the_door
-from modeling_blip_rbm.rbm import RBMParameters, contrastive_divergence
+from modeling_blip_rbm.rbm import RBMParameters
 from training.lib.checkpoints import write_json
 
 
@@ -169,7 +170,7 @@ def compare(stock, ours, batch: int, beams: int, bandwidth: float, rounds: int, 
     weight = next(stock.parameters())
     size = stock.config.vision_config.image_size
     pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch)).to(weight)
-    names = [n for n in CONTENDERS if not ("beams" in n and beams == 1) and not ("samples" in n and beams > 1)]
+    names = [name for name in CONTENDERS if beams > 1 or "beams" not in name]
     contenders = {name: Contender(name, stock, ours, beams, compiled) for name in names}
     turns = {name: [] for name in names}
     for _ in range(rounds + 1):  # the first warms up
@@ -201,15 +202,14 @@ def compare(stock, ours, batch: int, beams: int, bandwidth: float, rounds: int, 
 def rbm_steps(kind: str, v: torch.Tensor, hidden: int):
     """A function that makes one step of PCD-1 on the rows v (n, V): ours, or what one writes first."""
     n, visible = v.shape
-    U = 0.01 * torch.randn(visible, hidden, device=v.device, dtype=v.dtype)
-    b, c, state = (
-        v.new_zeros(visible),
-        v.new_zeros(hidden),
-        {"chains": None, "h": torch.rand_like(v[:, :1] @ U[:1]).round()},
-    )
+    dtype = torch.float32 if kind == "boltzmann" else v.dtype  # whose parameters are fp32 whatever its products are in
+    U = 0.01 * torch.randn(visible, hidden, device=v.device, dtype=dtype)
+    b, c = U.new_zeros(visible), U.new_zeros(hidden)
+    fast = FastContrastiveDivergence(str(v.dtype).removeprefix("torch."), 0, v.device)
+    state = {"h": torch.rand(n, hidden, device=v.device).round().to(v.dtype)}
 
-    def ours():
-        gradient, state["chains"] = contrastive_divergence(RBMParameters(c=c, U=U, b=b), w=v, chains=state["chains"])
+    def boltzmann():
+        gradient, state["h"], _ = fast.gradient(RBMParameters(c=c, U=U, b=b), v, state["h"])
         for parameter, change in ((U, gradient.U), (b, gradient.b), (c, gradient.c)):
             parameter.sub_(change, alpha=0.05)
 
@@ -222,7 +222,7 @@ def rbm_steps(kind: str, v: torch.Tensor, hidden: int):
         b.add_((v - sampled).mean(0), alpha=0.05)
         c.add_((q - q_model).mean(0), alpha=0.05)
 
-    return {"ours": ours, "plain loop": plain}[kind]
+    return {"boltzmann": boltzmann, "plain loop": plain}[kind]
 
 
 @torch.no_grad()
@@ -232,7 +232,7 @@ def rbm_rows(plan: Plan, dtype: str, device) -> list[dict]:
     for hidden in plan.hidden:
         v = (torch.rand(plan.rbm_batch, plan.visible, device=device) < 0.2).to(getattr(torch, dtype))
         speed = {}
-        for kind in ("plain loop", "ours"):
+        for kind in ("plain loop", "boltzmann"):
             step = rbm_steps(kind, v, hidden)
             step()
             seconds = min(

@@ -78,6 +78,7 @@ class RBM(Transformer):
         sparsity_target: mean activity that hidden units are drawn to with `sparsity_cost` (Hinton 2010, section 11).
         precision: of the matrix products of binary machines: "float32", "bfloat16", "int8", or "auto" for the fastest on
             this kind of processor, see `fast.processor_precision`. Name one for the same result on every processor.
+        device: where it computes, such as "cuda". The rows are kept there while it is fitted, unless they are sparse.
         verbose: a progress bar.
         random_state: an int for the same result every time; a numpy RandomState or Generator, or None, gives another one
             at each `fit`.
@@ -106,6 +107,7 @@ class RBM(Transformer):
         sparsity_cost: float = 0.1,
         anneal: bool = True,
         precision: str = "auto",
+        device: str = "cpu",
         verbose: int = 0,
         random_state=None,
     ):
@@ -124,6 +126,7 @@ class RBM(Transformer):
         self.sparsity_cost = sparsity_cost
         self.anneal = anneal
         self.precision = precision
+        self.device = device
         self.verbose = verbose
         self.random_state = random_state
 
@@ -138,6 +141,10 @@ class RBM(Transformer):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(map(repr, allowed))}")
         for name in ("n_components", "batch_size", "n_iter", "steps"):
             check_whole(name, getattr(self, name))
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(f'device is {self.device!r}, which this PyTorch has not; "cpu" is there always') from error
 
     def _start(self, X):
         """A fresh machine for the rows X; the rows, checked."""
@@ -148,27 +155,29 @@ class RBM(Transformer):
         if constant:
             raise ValueError(f"columns {constant[:10]} of X never vary: drop them, a Gaussian unit needs a variance")
         width, hidden, chains = X.shape[1], int(self.n_components), int(self.batch_size)
-        self._generator, self._n_features_out = torch_generator(self.random_state), hidden
+        self._generator, self._n_features_out = torch_generator(self.random_state, self.device), hidden
         sizes = (0, width) if self._binary else (width, 0)
-        self.model_ = JointRBM(*sizes, hidden, self.visible_type).requires_grad_(False)
+        self.model_ = JointRBM(*sizes, hidden, self.visible_type).requires_grad_(False).to(self.device)
         weight = self.model_.word_weight if self._binary else self.model_.image_weight
         weight.normal_(0, 0.01, generator=self._generator)
-        self._mean = torch.zeros(width)  # of the visible units as the machine sees them
+        self._mean = torch.zeros(width, device=self.device)  # of the visible units as the machine sees them
         if self._binary:
-            self._mean = torch.from_numpy(np.asarray(X.mean(0, dtype=np.float64)).ravel()).float()
+            self._mean = torch.from_numpy(np.asarray(X.mean(0, dtype=np.float64)).ravel()).float().to(self.device)
             share = self._mean.clamp(1 / (X.shape[0] + 2), 1 - 1 / (X.shape[0] + 2))
             self.model_.word_bias.copy_(torch.logit(share))
         else:
-            self.model_.set_image_statistics(dense_parts(X))
-        self._mean_h = torch.full((hidden,), 0.5)
+            self.model_.set_image_statistics(dense_parts(X, self.device))
+        self._mean_h = torch.full((hidden,), 0.5, device=self.device)
         self._chains, self._fast, self.precision_ = None, None, "float32"
         if self.method == "pcd":
-            h = bernoulli(torch.full((chains, hidden), 0.5), self._generator)
-            self._chains = h if self._binary else GibbsState(h, x=torch.zeros(chains, width))
+            h = bernoulli(torch.full((chains, hidden), 0.5, device=self.device), self._generator)
+            self._chains = h if self._binary else GibbsState(h, x=h.new_zeros(chains, width))
         if self._binary:
-            chosen = processor_precision(chains, width, hidden) if self.precision == "auto" else self.precision
-            seed = int(torch.randint(2**62, (), generator=self._generator))
-            self._fast, self.precision_ = FastContrastiveDivergence(chosen, seed), chosen
+            chosen = self.precision
+            if chosen == "auto":
+                chosen = processor_precision(chains, width, hidden) if self._mean.device.type == "cpu" else "float32"
+            seed = int(torch.randint(2**62, (), generator=self._generator, device=self.device))
+            self._fast, self.precision_ = FastContrastiveDivergence(chosen, seed, self.device), chosen
         self._optimizer = self._make_optimizer(weight)
         self.history_, self.log_partition_, self.n_steps_ = [], None, 0
         return X
@@ -237,13 +246,13 @@ class RBM(Transformer):
     def _for_rows(self, X, function: Callable[..., torch.Tensor]) -> torch.Tensor:
         """function(parameters, w or x = rows) of the checked rows X, a part of them at a time."""
         p = self.model_.parameters_fp32
-        return torch.cat([function(p, **self._block(part)) for part in dense_parts(X)])
+        return torch.cat([function(p, **self._block(part)) for part in dense_parts(X, self.device)])
 
     @torch.no_grad()
     def partial_fit(self, X, y=None):
         """One step on these rows, at the full learning rate. Raises as `fit`."""
         X = self._checked(X) if hasattr(self, "model_") else self._start(X)
-        self._update(self._seen(take(X if is_sparse(X) else torch.from_numpy(X), slice(None))))
+        self._update(self._seen(take(X if is_sparse(X) else torch.from_numpy(X), slice(None)).to(self.device)))
         self.log_partition_ = None
         return self
 
@@ -263,7 +272,7 @@ class RBM(Transformer):
         validation = None if validation is None else self._checked(validation)
         rows = X
         if not is_sparse(X):
-            rows = torch.from_numpy(X)
+            rows = torch.from_numpy(X).to(self.device)
             rows = rows.to(self._fast.products.dtype) if self._binary else self.model_.standardise(rows)
         bar = tqdm(range(self.n_iter), desc="fit RBM", disable=not self.verbose)
         rates = [group["lr"] for group in self._optimizer.param_groups]
@@ -296,21 +305,21 @@ class RBM(Transformer):
 
     def _run_epoch(self, rows, epoch: int, rates: list[float]) -> torch.Tensor:
         """A step for every batch of rows, dense ones as the machine sees them or sparse ones; mean activity (H,)."""
-        batches = torch.randperm(rows.shape[0], generator=self._generator).split(int(self.batch_size))
-        activity = torch.zeros(self._n_features_out)
+        order = torch.randperm(rows.shape[0], generator=self._generator, device=self.device)
+        batches, activity = order.split(int(self.batch_size)), torch.zeros(self._n_features_out, device=self.device)
         for number, batch in enumerate(batches):
             if self.anneal:
                 left = 1 - (epoch * len(batches) + number) / (self.n_iter * len(batches))
                 for group, rate in zip(self._optimizer.param_groups, rates):
                     group["lr"] = rate * left
-            v = take(rows, batch)
+            v = take(rows, batch).to(self.device)
             activity.add_(self._update(self._seen(v) if is_sparse(rows) else v), alpha=1 / len(batches))
         return activity
 
     @torch.no_grad()
     def transform(self, X) -> np.ndarray:
         """(n, H) P(h = 1 | v): the rows in the hidden units."""
-        return self._for_rows(self._checked(X), prob_h_given_v).numpy()
+        return self._for_rows(self._checked(X), prob_h_given_v).cpu().numpy()
 
     def _visible_mean(self, h: torch.Tensor) -> torch.Tensor:
         p = self.model_.parameters_fp32
@@ -326,10 +335,10 @@ class RBM(Transformer):
             ValueError: for another width than H.
         """
         check_fitted(self, "model_")
-        h = torch.as_tensor(np.asarray(H, dtype=np.float32))
+        h = torch.as_tensor(np.asarray(H, dtype=np.float32), device=self.device)
         if h.ndim != 2 or h.shape[1] != self._n_features_out:
             raise ValueError(f"H has shape {tuple(h.shape)}; this RBM has {self._n_features_out} hidden units a row")
-        return self._visible_mean(h).numpy()
+        return self._visible_mean(h).cpu().numpy()
 
     @torch.no_grad()
     def sample(self, num: int, steps: int = 1000, start=None, mean: bool = False) -> np.ndarray:
@@ -349,24 +358,24 @@ class RBM(Transformer):
             start = self._checked(start)
             if start.shape[0] != num:
                 raise ValueError(f"start has {start.shape[0]} rows, but num is {num}: a chain starts from each row")
-            block = self._block(torch.cat(list(dense_parts(start))))
+            block = self._block(torch.cat(list(dense_parts(start, self.device))))
         elif self._binary:
             block = {"w": bernoulli(self._mean.expand(num, -1), generator)}
         else:
-            block = {"x": torch.randn(num, self.n_features_in_, generator=generator)}
+            block = {"x": torch.randn(num, self.n_features_in_, generator=generator, device=self.device)}
         state = GibbsState(bernoulli(prob_h_given_v(p, **block), generator), **block)
         before = gibbs(p, state, steps - 1, generator=generator)
         if mean:
-            return self._visible_mean(before.h).numpy()
+            return self._visible_mean(before.h).cpu().numpy()
         state = gibbs(p, before, 1, generator=generator)
         if self._binary:
-            return state.w.numpy()
-        return (state.x * self.model_.image_std + self.model_.image_mean).numpy()
+            return state.w.cpu().numpy()
+        return (state.x * self.model_.image_std + self.model_.image_mean).cpu().numpy()
 
     @torch.no_grad()
     def free_energy(self, X) -> np.ndarray:
         """(n,) F(v) in nats: low where the machine expects rows; comparable within one machine only."""
-        return self._for_rows(self._checked(X), free_energy).numpy()
+        return self._for_rows(self._checked(X), free_energy).cpu().numpy()
 
     def log_partition(self, temperatures: int = 2000, chains: int = 500) -> float:
         """log Z: exact if a layer has at most `EXACT_UNITS` units that can be summed, else annealed importance sampling."""
@@ -391,7 +400,7 @@ class RBM(Transformer):
         value = self._for_rows(X, lambda p, **block: log_prob(p, log_z, **block))
         if not self._binary:
             value = value - torch.log(self.model_.image_std).sum()
-        return value.numpy()
+        return value.cpu().numpy()
 
     def score(self, X, y=None) -> float:
         """Mean log P(v) of the rows, in nats."""
@@ -439,10 +448,10 @@ class DeepBeliefNetwork(Transformer):
         if not sizes:
             raise ValueError("n_components is empty; name the hidden units of at least one layer, e.g. (256, 128)")
         X, settings, layers = self._checked(X, reset=True), dict(self.settings or {}), []
-        generator = torch_generator(settings.get("random_state"))
+        generator = torch_generator(settings.get("random_state"), settings.get("device", "cpu"))
         for size in sizes:
             layer = RBM(size, **settings).fit(X)
-            X = bernoulli(layer._for_rows(X, prob_h_given_v), generator).numpy()
+            X = bernoulli(layer._for_rows(X, prob_h_given_v), generator).cpu().numpy()
             settings["visible_type"] = "binary"
             layers.append(layer)
         self.layers_, self._n_features_out = layers, layers[-1]._n_features_out
@@ -462,10 +471,10 @@ class DeepBeliefNetwork(Transformer):
         *below, top = self.layers_
         if not below:
             return top.sample(num, steps, mean=True)
-        h = torch.from_numpy(top.sample(num, steps))
+        h = torch.from_numpy(top.sample(num, steps)).to(top.device)
         for layer in below[:0:-1]:
             h = bernoulli(layer._visible_mean(h), layer._generator)
-        return below[0]._visible_mean(h).numpy()
+        return below[0]._visible_mean(h).cpu().numpy()
 
     def to_network(self, num_outputs: Optional[int] = None) -> nn.Sequential:
         """A feed-forward network that starts from the layers' weights, with a fresh linear head if `num_outputs` is given."""

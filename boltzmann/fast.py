@@ -1,11 +1,13 @@
-"""Contrastive divergence of a binary RBM on a CPU, with matrix products in 8-bit integers, bfloat16 or fp32.
+"""Contrastive divergence of a binary RBM, with matrix products in fp32, bfloat16 or, on a CPU, 8-bit integers.
 
 A step of CD-1 or PCD-1 is five products of V*H multiply-adds a sample, 10 V H FLOP, which bound its speed. Two things make
-it fast:
+it fast on a CPU:
 
 - v and h are 0 or 1 and so exact in 8 bits. U is rounded to 8 bits with a scale per output unit, and q to multiples of
   1/127 *at random*, so that its mean is kept. The products are summed exactly, in 32-bit integers. The parameters stay fp32.
 - A unit is sampled as the integer part of P + u with a 16-bit uniform u: a sum and a conversion, no comparison.
+
+On another device it is the same arithmetic in fp32 or bfloat16, on all rows at once, and the device is never waited for.
 
 The reference is `modeling_blip_rbm.rbm.contrastive_divergence`. V, H, B and M are visible and hidden units, rows of a batch
 and Gibbs chains.
@@ -20,7 +22,7 @@ from modeling_blip_rbm.rbm import RBMParameters
 
 
 UNIT = 2.0**-16  # random numbers are 16 bits
-BLOCK = 256  # rows that are sampled at a time: their fp32 values stay in the processor's cache
+BLOCK = 256  # rows that a CPU samples at a time: their fp32 values stay in its cache
 SMALLEST_ROUNDED = 4e7  # multiply-adds of a product; below it, rounding costs about the time that it saves
 
 
@@ -48,15 +50,19 @@ def processor_precision(batch: int, visible: int, hidden: int) -> str:
 class Workspace(dict):
     """Tensors by name, used again in every step: fresh memory of their size costs more than the arithmetic done in it."""
 
+    def __init__(self, device=None):
+        super().__init__()
+        self.device = torch.device(device or "cpu")
+
     def get_tensor(self, name: str, shape, dtype=torch.float32) -> torch.Tensor:
         """The tensor of this name, with whatever it holds; a new one if the shape or the dtype is another."""
         tensor = self.get(name)
         if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
-            tensor = self[name] = torch.empty(shape, dtype=dtype)
+            tensor = self[name] = torch.empty(shape, dtype=dtype, device=self.device)
         return tensor
 
     def __reduce__(self):
-        return Workspace, ()  # pickled empty: nothing in it outlives a step
+        return Workspace, (self.device,)  # pickled empty: nothing in it outlives a step
 
 
 class Products:
@@ -68,8 +74,8 @@ class Products:
 
     one = 1
 
-    def __init__(self):
-        self.memory = Workspace()
+    def __init__(self, device=None):
+        self.memory = Workspace(device)
 
     def _product(self, a, b, name):
         out = self.memory.get_tensor(name, (len(a), b.shape[1]), self.product_dtype)
@@ -97,8 +103,8 @@ class FloatProducts(Products):
 
     multiply = staticmethod(torch.mm)
 
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
+    def __init__(self, dtype: torch.dtype, device=None):
+        super().__init__(device)
         self.dtype = self.product_dtype = dtype
 
     def load(self, U: torch.Tensor):
@@ -150,31 +156,41 @@ class IntegerProducts(Products):
 
 
 PRECISIONS = {
-    "float32": lambda: FloatProducts(torch.float32),
-    "bfloat16": lambda: FloatProducts(torch.bfloat16),
+    "float32": lambda device=None: FloatProducts(torch.float32, device),
+    "bfloat16": lambda device=None: FloatProducts(torch.bfloat16, device),
     "int8": IntegerProducts,
 }
 
 
 class FastContrastiveDivergence:
-    """`modeling_blip_rbm.rbm.contrastive_divergence` for one binary block on a CPU.
+    """`modeling_blip_rbm.rbm.contrastive_divergence` for one binary block.
 
     Args:
-        precision: of the products, "float32", "bfloat16" or "int8".
-        seed: of the random numbers (NumPy's SFC64, several times faster here than PyTorch's generator).
+        precision: of the products, "float32", "bfloat16" or, on a CPU, "int8".
+        seed: of the random numbers (on a CPU NumPy's SFC64, several times faster there than PyTorch's generator).
+        device: where it computes; default: a CPU. What it is given must be there.
 
     Raises:
         ValueError: for another precision.
     """
 
-    def __init__(self, precision: str = "float32", seed: Optional[int] = None):
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; allowed are {', '.join(map(repr, PRECISIONS))}")
-        self.products = PRECISIONS[precision]()
-        self.bits, self.memory = np.random.SFC64(seed), Workspace()
+    def __init__(self, precision: str = "float32", seed: Optional[int] = None, device=None):
+        self.memory = Workspace(device)
+        self.on_cpu = self.memory.device.type == "cpu"
+        allowed = [name for name in PRECISIONS if self.on_cpu or name != "int8"]
+        if precision not in allowed:
+            raise ValueError(
+                f"precision is {precision!r}; allowed on {self.memory.device} are {', '.join(map(repr, allowed))}"
+            )
+        self.products = PRECISIONS[precision](device)
+        self.bits = np.random.SFC64(seed) if self.on_cpu else torch.Generator(self.memory.device)
+        if not self.on_cpu and seed is not None:
+            self.bits.manual_seed(seed)
 
     def uniform(self, shape: torch.Size) -> torch.Tensor:
         """Fp32 whole numbers, uniform in [0, 2^16), until the next call."""
+        if not self.on_cpu:
+            return self.memory.get_tensor("uniform", shape).random_(0, 2**16, generator=self.bits)
         n = shape.numel()
         numbers = torch.from_numpy(self.bits.random_raw((n + 3) // 4).view(np.uint16))[:n].view(shape)
         return self.memory.get_tensor("uniform", shape).copy_(numbers)
@@ -204,6 +220,11 @@ class FastContrastiveDivergence:
             self.products.encode(prob, u, code)
         return self.products.sum(state if code is None else code)
 
+    def blocks(self, rows: int) -> list[slice]:
+        """The rows that are sampled at a time."""
+        block = BLOCK if self.on_cpu else rows
+        return [slice(start, start + block) for start in range(0, rows, block)]
+
     def sample_hidden(self, v: torch.Tensor, c: torch.Tensor, h: Optional[torch.Tensor], code: torch.Tensor):
         """Write samples of P(h | v) into `h` (n, H) unless it is None, and the encoded probabilities into `code` (n, H).
 
@@ -211,8 +232,7 @@ class FastContrastiveDivergence:
             (H,) the sum of the probabilities over the rows.
         """
         total = 0
-        for start in range(0, len(v), BLOCK):
-            rows = slice(start, start + BLOCK)
+        for rows in self.blocks(len(v)):
             a = self.products.up(v[rows])
             total += self.sample_units(a, c, self.products.up_scale, None if h is None else h[rows], code[rows])
         return total / self.products.one
@@ -224,8 +244,7 @@ class FastContrastiveDivergence:
             (V,) their sum over the rows.
         """
         total = 0
-        for start in range(0, len(h), BLOCK):
-            rows = slice(start, start + BLOCK)
+        for rows in self.blocks(len(h)):
             total += self.sample_units(self.products.down(h[rows]), b, self.products.down_scale, v[rows], None)
         return total
 

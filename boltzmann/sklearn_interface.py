@@ -111,14 +111,14 @@ def take(X, rows) -> torch.Tensor:
     """The rows of these numbers, a slice or a tensor (B,), of a tensor or CSR matrix X: dense (B, V)."""
     if not is_sparse(X):
         return X[rows] if isinstance(rows, slice) else X.index_select(0, rows)  # X[rows] is 8 times slower
-    return torch.from_numpy(X[rows if isinstance(rows, slice) else rows.numpy()].toarray())
+    return torch.from_numpy(X[rows if isinstance(rows, slice) else rows.cpu().numpy()].toarray())
 
 
-def dense_parts(X) -> Iterator[torch.Tensor]:
-    """The checked rows X, an array or CSR matrix, as fp32 tensors of at most `PART` rows."""
+def dense_parts(X, device="cpu") -> Iterator[torch.Tensor]:
+    """The checked rows X, an array or CSR matrix, as fp32 tensors of at most `PART` rows on a device."""
     X = X if is_sparse(X) else torch.from_numpy(X)
     for start in range(0, X.shape[0], PART):
-        yield take(X, slice(start, start + PART))
+        yield take(X, slice(start, start + PART)).to(device)
 
 
 def constant_columns(X) -> list[int]:
@@ -140,8 +140,8 @@ def check_whole(name: str, value, least: int = 1) -> int:
     return int(value)
 
 
-def torch_generator(random_state=None) -> torch.Generator:
-    """PyTorch's generator for what scikit-learn calls a random state.
+def torch_generator(random_state=None, device="cpu") -> torch.Generator:
+    """PyTorch's generator of a device for what scikit-learn calls a random state.
 
     Args:
         random_state: an int is the seed itself; a numpy RandomState or Generator is drawn from, so that the next use of it
@@ -160,4 +160,4 @@ def torch_generator(random_state=None) -> torch.Generator:
         seed = random_state
     else:
         raise ValueError(f"random_state is {random_state!r}; it must be an int, a numpy RandomState or None")
-    return torch.Generator().manual_seed(int(seed))
+    return torch.Generator(device).manual_seed(int(seed))

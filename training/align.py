@@ -218,13 +218,15 @@ def embed(aligner, data: AlignmentData, rows, size: int = 2048):
     """What `similarity` takes, of these images and of all their captions; and whose each caption is. Of an image that
     is cached in several views, the mean of them."""
     aligner.eval()
-    views = range(data.stores[0].num_views)
-    images_of = lambda part: torch.stack([aligner.embed_images(data.images(part, view)) for view in views]).mean(0)
+    views, device = range(data.stores[0].num_views), next(aligner.parameters()).device
+    view_of = lambda part, view: aligner.embed_images(data.images(part, view).to(device))
+    images_of = lambda part: torch.stack([view_of(part, view) for view in views]).mean(0)
+    texts_of = lambda part: aligner.embed_texts(*(t if t is None else t.to(device) for t in data.texts(part)))
     captions, owner = data.captions_of(rows)
     images = torch.cat([images_of(part) for part in np.array_split(rows, len(rows) // size + 1)])
-    texts = [aligner.embed_texts(*data.texts(part)) for part in np.array_split(captions, len(captions) // size + 1)]
+    texts = [texts_of(part) for part in np.array_split(captions, len(captions) // size + 1)]
     place = {row: i for i, row in enumerate(rows)}
-    return images, torch.cat(texts), torch.tensor([place[row] for row in owner])
+    return images, torch.cat(texts), torch.tensor([place[row] for row in owner], device=device)
 
 
 def evaluate(aligner, data: AlignmentData, rows) -> dict[str, float]:

@@ -39,7 +39,7 @@ from training.lib.arguments import DataArguments, parse_arguments
 from training.lib.captions import caption_rows
 from training.lib.checkpoints import refuse_other_output, write_json
 from training.lib.data import CaptionWords, caption_words, choose_words, split_held_back
-from training.lib.distributed import new_accelerator
+from training.lib.distributed import new_accelerator, own_processes
 from training.lib.features import cache_features, load_features
 from training.lib.rbm_evaluation import image_inputs
 from training.lib.rbm_objective import PooledPairs, RBMArguments
@@ -117,10 +117,10 @@ def caption_evidence(rbm, store, words: CaptionWords, rows, references, whose=No
     pieces = max(1, len(rows) // 512)
     for part, source in zip(np.array_split(np.asarray(rows), pieces), np.array_split(whose, pieces)):
         a = image_inputs(rbm, store, part)
-        w = [words[i].float() for i in source]
+        w = [words[i].float().to(a.device) for i in source]
         with_others = pairwise_mutual_information(p, others, torch.cat(w)).logsumexp(0) - np.log(len(others))
         own = torch.cat([pointwise_mutual_information(p, row[None], of_image) for row, of_image in zip(a, w)])
-        result += [e.numpy() for e in (own - with_others).split([len(of_image) for of_image in w])]
+        result += [e.numpy() for e in (own - with_others).cpu().split([len(of_image) for of_image in w])]
     return result
 
 
@@ -137,7 +137,8 @@ def fit_matching_head(rbm, store, words: CaptionWords, rows, negatives: int, see
     other images."""
     p, rng = rbm.parameters_fp32, np.random.default_rng(seed)
     a = image_inputs(rbm, store, rows)
-    similarity = pairwise_mutual_information(p, a, words.choose(np.asarray(rows), rng.random(len(rows)))).numpy()
+    w = words.choose(np.asarray(rows), rng.random(len(rows))).to(a.device)
+    similarity = pairwise_mutual_information(p, a, w).cpu().numpy()
     hard = []
     for i, row in enumerate(similarity):
         others = np.delete(np.arange(len(rows)), i)
@@ -344,7 +345,7 @@ def main():
     if args.shuffle:
         refuse_other_output(noisy_dir)
     processor = BlipRBMProcessor.from_pretrained(args.model)
-    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval().to(own_processes().device)
     pooling = model.config.rbm_pooling
     dataset, store = load_features(data, model.vision_model, processor.image_processor, pooling=pooling)
     train_rows, held_rows = split_held_back(dataset, data.held_back)

@@ -17,14 +17,13 @@ import accelerate
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration, BlipRBMProcessor
 from training.lib import pictures
 from training.lib.arguments import MeasureArguments, parse_arguments
 from training.lib.captions import candidate_parts, caption_rows, chosen_by_rerank
 from training.lib.checkpoints import write_json
-from training.lib.distributed import on_several_cpus
+from training.lib.distributed import own_processes
 from training.lib.features import cache_features
 from training.lib.metrics import (
     CiderD,
@@ -140,11 +139,12 @@ def ablation(model, processor, store, scorer, **settings) -> dict[str, list[str]
 def seconds_of_vision(model, processor, dataset, batch_size: int, images: int = 128) -> float:
     """Seconds that the vision tower takes for the whole dataset, measured on some of its images."""
     images = min(images, len(dataset))
-    pixel_values = processor(images=dataset[:images]["image"])["pixel_values"]
+    pixel_values = processor(images=dataset[:images]["image"])["pixel_values"].to(model.device)
     model.encode_for_generation(pixel_values[:batch_size])
     start = time.time()
     for batch in pixel_values.split(batch_size):
-        model.encode_for_generation(batch)
+        encoding = model.encode_for_generation(batch)
+    encoding.hidden_input.cpu()  # a GPU is not done when the call is
     return (time.time() - start) * len(dataset) / images
 
 
@@ -205,13 +205,13 @@ def main():
     if args.plain and (args.ablation or args.pictures):
         raise ValueError("--plain measures BLIP alone: there is no difference for --ablation or --pictures to show")
     processor = BlipRBMProcessor.from_pretrained(args.model)
-    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    processes = own_processes()
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval().to(processes.device)
     model.optimize_for_inference(int8=args.int8)
     dataset = load_pairs(args.dataset, args.split, args.max_images, **args.columns)
     references, image_ids = dataset["captions"][:], dataset["image_id"][:]
     seen = load_pairs(args.dataset, args.train_split, **args.columns)["captions"] if args.train_split else []
     training_captions = [caption for of_image in seen for caption in of_image] or None
-    processes = PartialState(cpu=on_several_cpus())
     with processes.main_process_first():  # the others find what it has encoded
         store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
     captions, scores, systems = measure(model, processor, dataset, store, training_captions, args)

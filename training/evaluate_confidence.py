@@ -36,6 +36,7 @@ from modeling_blip_rbm.inference_blip_rbm import fast_tower, image_tokens
 from training.lib.arguments import MeasureArguments, parse_arguments
 from training.lib.checkpoints import write_json
 from training.lib.data import split_held_back
+from training.lib.distributed import own_processes
 from training.lib.features import FeatureStore, cache_features
 from training.lib.metrics import CiderD
 from training.lib.outliers import TrainingImages, all_scores, aucs, means, model_scores
@@ -82,12 +83,13 @@ def looked_at(model, processor, batches: Iterable[torch.Tensor]) -> tuple[list[s
     """Captions as the model writes them; "evidence" (n, 2), log P per token and PMI, and what `model_scores` gives. `batches`: tokens (B, N, C)."""
     captions, seen = [], []
     for tokens in tqdm(batches, desc="caption", leave=False):
+        tokens = tokens.to(model.device)
         encoding = model.encode_image(vision_hidden_states=tokens)
         sequences = model.generate(encoding=encoding)
         captions += processor.captions(sequences)
         evidence = {"evidence": model.caption_evidence(encoding, sequences)}
         seen.append(evidence | model_scores(model, tokens, encoding.hidden_input))
-    return captions, {name: torch.cat([one[name] for one in seen]).numpy() for name in seen[0]}
+    return captions, {name: torch.cat([one[name] for one in seen]).cpu().numpy() for name in seen[0]}
 
 
 def expected_calibration_error(prob, right, bins: int = 10) -> float:
@@ -161,7 +163,7 @@ def unlike_images(args, model, processor, train, photographs, inside: dict[str, 
     scores = {}
     for kind, images in tqdm((unlike | others).items(), desc="images of other kinds"):
         parts = (images[start : start + args.batch_size] for start in range(0, len(images), args.batch_size))
-        batches = (image_tokens(tower, processor(images=part)["pixel_values"]) for part in parts)
+        batches = (image_tokens(tower, processor(images=part)["pixel_values"].to(model.device)) for part in parts)
         scores[kind] = all_scores(looked_at(model, processor, batches)[1], training, model.confidence)
     inside = all_scores(inside, training, model.confidence)
     sorted_by = "relative free energy" if model.rbm_layer.rbm.tokens else "free energy"  # `image_energy`
@@ -207,8 +209,8 @@ def plot(result: dict, path: Path):
 
 def main():
     (args,) = parse_arguments(ConfidenceArguments)
-    processor = BlipRBMProcessor.from_pretrained(args.model)
-    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    processes, processor = own_processes(), BlipRBMProcessor.from_pretrained(args.model)
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval().to(processes.device)
     train = load_pairs(args.dataset, args.train_split, **args.columns)
     trained_on, held_back = split_held_back(train, args.held_back)
     unseen = load_pairs(args.dataset, args.split, args.max_images, **args.columns)
@@ -221,7 +223,8 @@ def main():
     parts = {}
     for name, dataset in (("fit", train.select(held_back)), ("test", unseen)):
         references = dataset["captions"][:]
-        store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
+        with processes.main_process_first():  # the others find what it has encoded
+            store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
         starts = range(0, len(dataset), args.batch_size)
         batches = (store.batch(range(start, min(start + args.batch_size, len(dataset)))) for start in starts)
         captions, seen = looked_at(model, processor, batches)
@@ -244,6 +247,8 @@ def main():
         "confidence": measure_confidence(prob, right, cider),
         "unlike": unlike_images(args, model, processor, train.select(trained_on), photographs, seen),
     }
+    if not processes.is_main_process:
+        return
     output = Path(args.output)
     write_json(output, result)
     plot(result, output.with_suffix(".png"))

@@ -20,6 +20,7 @@ from modeling_blip_rbm.rbm import word_gains
 from training.lib.arguments import MeasureArguments, parse_arguments
 from training.lib.checkpoints import write_json
 from training.lib.data import caption_words
+from training.lib.distributed import own_processes
 from training.lib.features import cache_features
 from training.lib.pairs import load_pairs
 from training.lib.rbm_evaluation import evaluate_rbm, image_inputs
@@ -63,7 +64,7 @@ def show(path: Path, images, prob, words: list[str], queries: list[str], seed: i
 def main():
     (args,) = parse_arguments(EvaluateRBMArguments)
     processor = BlipRBMProcessor.from_pretrained(args.model)
-    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval().to(own_processes().device)
     dataset = load_pairs(args.dataset, args.split, args.max_images, **args.columns)
     settings = {"pooling": model.config.rbm_pooling}
     store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir, **settings)
@@ -85,7 +86,7 @@ def main():
     }
     p = rbm.parameters_fp32
     with torch.no_grad():
-        prob = torch.sigmoid(p.b + word_gains(p, image_inputs(rbm, store, rows), order="second"))
+        prob = torch.sigmoid(p.b + word_gains(p, image_inputs(rbm, store, rows), order="second")).cpu()
     picture = Path(args.output).with_suffix(".png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     show(picture, dataset["image"], prob, names, args.queries, args.seed)

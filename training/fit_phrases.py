@@ -24,6 +24,7 @@ from training.lib.arguments import DataArguments, parse_arguments
 from training.lib.captions import caption_tokens
 from training.lib.checkpoints import refuse_other_output, save_captioner, write_json
 from training.lib.data import split_held_back
+from training.lib.distributed import own_processes
 from training.lib.features import load_features
 from training.lib.rbm_evaluation import image_inputs
 from training.lib.stage import run_stage
@@ -116,7 +117,7 @@ def main():
     data, args = parse_arguments(DataArguments, PhraseArguments)
     refuse_other_output(args.output_dir)
     processor = BlipRBMProcessor.from_pretrained(args.model)
-    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval().to(own_processes().device)
     rbm, text = model.rbm_layer.rbm, model.config.text_config
     dataset, store = load_features(
         data, model.vision_model, processor.image_processor, pooling=model.config.rbm_pooling
@@ -124,7 +125,7 @@ def main():
     start = time.time()
     train_rows, held_rows = split_held_back(dataset, data.held_back)
     captions = dataset["captions"][:]
-    causes_of = lambda rows, view: torch.sigmoid(image_inputs(rbm, store, rows, view))
+    causes_of = lambda rows, view: torch.sigmoid(image_inputs(rbm, store, rows, view)).cpu()
     pad = text.pad_token_id
     words, image = words_of(processor, [captions[row] for row in train_rows])
     block = choose_phrases(words, image, pad, args.min_images, rbm.hidden_size, text.vocab_size)

@@ -137,7 +137,7 @@ class Images:
         for row in tqdm(rows, desc="encode", leave=False):
             image = self.dataset[int(row)]["image"].convert("RGB")
             pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
-            features[row] = vision_tokens(model.vision_model(pixel_values))[0]
+            features[row] = vision_tokens(model.vision_model(pixel_values.to(model.device)))[0]
         return EncodedImages(features)
 
 
@@ -219,7 +219,7 @@ class LanguageTrainer(CaptionTrainer):
         whole, model.full_vocabulary = model.full_vocabulary, True
         for batch in torch.utils.data.DataLoader(self.held_back, self.args.eval_batch_size, collate_fn=collate):
             counted = int((batch["labels"] != -100).sum())
-            nats += float(model(**batch)["loss"]) * counted
+            nats += float(model(**{name: part.to(model.device) for name, part in batch.items()})["loss"]) * counted
             tokens += counted
         model.label_smoothing, model.full_vocabulary = smoothing, whole
         return self.keep_best(model, {f"{metric_key_prefix}_nats": nats / tokens}, -nats / tokens)
@@ -406,13 +406,13 @@ def train_captioner(
     args.remove_unused_columns = False
     set_seed(args.seed)
     processor = BlipRBMProcessor.from_pretrained(captioner.model)
-    model = load_captioner(captioner, processor)
+    model = load_captioner(captioner, processor).to(args.device)  # before its average is made, and images are encoded
     trained = (choose_parts or trained_parts)(model, captioner)
     print(f"training {captioner.parts}: {sum(p.numel() for p in trained):,} parameters")
     dataset, images = load_images(model, processor, data, captioner, args)
     train_set, held_back = training_captions(data, captioner, dataset, images, processor)
     seen = [token for of_image in train_set.captions for caption in of_image for token in caption[1:]]
-    model.active = torch.tensor(sorted(set(seen)))
+    model.active = torch.tensor(sorted(set(seen)), device=model.device)
     last_checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if captioner.unigram_bias and last_checkpoint is None:
         bias = model.text_decoder.cls.predictions.bias

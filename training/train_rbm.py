@@ -38,7 +38,7 @@ def main():
     accelerator = new_accelerator(settings.seed)
     set_seed(settings.seed)
     processor = BlipRBMProcessor.from_pretrained(settings.model)
-    model = BlipRBMForConditionalGeneration.from_pretrained(settings.model)
+    model = BlipRBMForConditionalGeneration.from_pretrained(settings.model).to(accelerator.device)
     pooling = settings.pooling or model.config.rbm_pooling
     start = time.time()
     with accelerator.main_process_first():

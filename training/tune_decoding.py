@@ -29,6 +29,7 @@ from training.lib.captions import candidate_parts, caption_rows, caption_tokens,
 from training.lib.checkpoints import refuse_other_output, save_captioner, write_json
 from training.lib.data import fold_of, split_held_back
 from training.lib.decoding_rule import Choices, simplest_rule
+from training.lib.distributed import own_processes
 from training.lib.features import cache_features
 from training.lib.metrics import CiderD, bleu, corpus_diversity
 from training.lib.mixture import read_images
@@ -122,6 +123,7 @@ def best_of_varied(series: list[list[dict]], vocabulary: float) -> dict:
 def tune_plain(model, held_back: HeldBack, log_frequency: torch.Tensor, args: TuningArguments) -> list[dict]:
     """Set the output bias, the repetition and the length penalty of plain BLIP; what was tried."""
     bias = model.text_decoder.cls.predictions.bias
+    log_frequency = log_frequency.to(bias.device)
     trained, tried = bias.clone(), []
 
     def measure(prior, **settings):
@@ -173,8 +175,8 @@ def tune_guide_and_rerank(
 def main():
     data, args = parse_arguments(DataArguments, TuningArguments)
     refuse_other_output(args.output_dir)
-    processor = BlipRBMProcessor.from_pretrained(args.model)
-    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval()
+    processes, processor = own_processes(), BlipRBMProcessor.from_pretrained(args.model)
+    model = BlipRBMForConditionalGeneration.from_pretrained(args.model).eval().to(processes.device)
     config = model.config
     if (args.rerank_vocabulary or any(args.guidance_rarity)) and not config.rbm_num_phrases:
         raise ValueError(
@@ -183,7 +185,8 @@ def main():
     dataset = read_images(data)
     train_rows, rows = split_held_back(dataset, data.held_back)
     held_images = dataset.select(rows)
-    store = cache_features(model.vision_model, processor.image_processor, held_images, data.cache_dir)
+    with processes.main_process_first():  # the others find what it has encoded
+        store = cache_features(model.vision_model, processor.image_processor, held_images, data.cache_dir)
     captions = dataset["captions"][:]
     tokens = [token for i in train_rows for ids in caption_tokens(processor, captions[i]) for token in ids[1:]]
     log_frequency = unigram_bias(tokens, config.text_config.vocab_size, least=5.0)
@@ -202,6 +205,8 @@ def main():
     for name, value in {"rbm_rerank": True, **settings}.items():
         setattr(decoding, name, value)
     guide = held_back.measure(model, rbm_rerank=False)
+    if not processes.is_main_process:
+        return
     save_captioner(model, processor, args.output_dir, half=args.half)
     report = {
         "images": len(rows),

@@ -18,12 +18,13 @@ def test_a_tiny_shape_on_the_cpu(tmp_path, capsys, monkeypatch):
         gpu.main()
     results, printed = json.loads((tmp_path / "gpu.json").read_text()), capsys.readouterr().out
     rows = {(row["dtype"], row["beams"], row["contender"]): row for row in results["rows"]}
-    assert len(rows) == len(results["rows"]) == 4 + 4 + 4  # bf16 with 3 beams and 1, fp32 with 3
+    assert len(rows) == len(results["rows"]) == 5 + 4 + 5  # bf16 with 3 beams and 1, fp32 with 3
+    assert {name for dtype, beams, name in rows if beams == 3} == set(gpu.CONTENDERS)
     assert all(row["images_per_second"] > 0 and row["of_bound"] > 0 and row["waiting"] == 0 for row in rows.values())
     assert rows["float32", 3, "RBM off"]["same_tokens"] and not rows["float32", 3, "guide"]["same_tokens"]
     stock = {(dtype, beams): row["reads"] for (dtype, beams, name), row in rows.items() if name == "stock BLIP"}
     assert all(row["reads"] < stock[dtype, beams] for (dtype, beams, name), row in rows.items() if name != "stock BLIP")
-    assert [row["contender"] for row in results["rbm"]] == ["plain loop", "ours"] * 2
+    assert [row["contender"] for row in results["rbm"]] == ["plain loop", "boltzmann"] * 2
     assert results["left_out"] == [] and all(name in printed for name in gpu.CONTENDERS)
 
 
@@ -40,7 +41,7 @@ def test_cells_that_take_too_long_are_named(tmp_path, capsys):
 def test_both_loops_learn_the_same_way(hidden):
     """Rows that are all alike: the bias of a unit that is on rises, of one that is off falls, in both."""
     v = torch.tensor([[1.0, 0.0, 1.0]]).repeat(64, 1)
-    for kind in ("ours", "plain loop"):
+    for kind in ("boltzmann", "plain loop"):
         step = gpu.rbm_steps(kind, v, hidden)
         for _ in range(40):
             step()

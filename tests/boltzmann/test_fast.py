@@ -88,5 +88,5 @@ def test_the_processor_decides_the_precision(monkeypatch, vnni, mkldnn, expected
 
 
 def test_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="'float8'; allowed are 'float32', 'bfloat16', 'int8'"):
+    with pytest.raises(ValueError, match="'float8'; allowed on cpu are 'float32', 'bfloat16', 'int8'"):
         FastContrastiveDivergence("float8")

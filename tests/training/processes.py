@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -14,19 +15,28 @@ from accelerate.state import DistributedType
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from tests.conftest import VOCABULARY, randomise, tiny_config
+from training.lib import distributed
 from training.lib.captions import caption_rows
-from training.lib.distributed import new_accelerator, on_several_cpus, ready_to_be_sharded
 
 
 STEPS, BATCH, IMAGES = 4, 6, 7
+CLIP = 1.0  # gradients, as zero2.yaml does
 
 
 def accelerator():
-    """Accelerate shards on accelerators alone, by the name of what it runs on: FSDP2 itself, which knows CPUs, is the same."""
-    PartialState(cpu=on_several_cpus())
+    """Accelerate shards on accelerators alone, by the name of what it runs on: FSDP2 and DeepSpeed, which know CPUs, are the same."""
+    PartialState(cpu=distributed.on_several_cpus())
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return new_accelerator(seed=3)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return distributed.new_accelerator(seed=3)
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # takes the processes' group that is there
+    with mock.patch.object(distributed, "on_several_cpus", lambda: False):
+        processes = distributed.new_accelerator(seed=3)
+    processes.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = BATCH // 2
+    return processes
 
 
 def losses(processes) -> list[float]:
@@ -36,12 +46,13 @@ def losses(processes) -> list[float]:
     images = torch.randn(STEPS, BATCH, 3, 24, 24)
     texts = torch.randint(5, 40, (STEPS, BATCH, 7))
     if processes.distributed_type == DistributedType.FSDP:
-        ready_to_be_sharded(model)
+        distributed.ready_to_be_sharded(model)
     model, optimizer = processes.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     own, history = slice(processes.process_index, None, processes.num_processes), []
     for image, text in zip(images, texts):
         loss = model(pixel_values=image[own], input_ids=text[own], labels=text[own]).loss
         processes.backward(loss)
+        processes.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         history.append(processes.gather(loss.detach().reshape(1)).mean().item())

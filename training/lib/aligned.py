@@ -76,7 +76,7 @@ def load_image_layer(run: str | Path) -> nn.Module:
         raise ValueError(
             f"{run} is of kind {settings['kind']!r} on {len(settings['vision'])} towers; aligned tokens need probe or sail on one"
         )
-    weights = torch.load(Path(run) / "best.pt", weights_only=True)
+    weights = torch.load(Path(run) / "best.pt", weights_only=True, map_location="cpu")
     image_size, text_size = (len(weights[f"{side}.0.weight"]) for side in ("image", "text"))
     hidden_size = settings["hidden_size"] if settings["kind"] == "sail" else None
     projection = Projection(image_size, text_size, settings["dim"], hidden_size, settings["dropout"], settings["loss"])

@@ -91,7 +91,7 @@ def caption_rows(
     def captions_of(rows: Sequence[int]) -> list[str]:
         captions = []
         for start in tqdm(range(0, len(rows), batch_size), desc="caption", leave=False):
-            features = store.batch(rows[start : start + batch_size])
+            features = store.batch(rows[start : start + batch_size]).to(model.device)
             if side_by_side > 1:
                 prompt = torch.full((len(features) * side_by_side, 1), model.decoder_input_ids)
                 generate_kwargs["input_ids"] = prompt
@@ -123,15 +123,24 @@ def candidates_of(model, encoding, n: int, logits_processor=(), **generate_kwarg
 
 @torch.no_grad()
 def candidate_parts(model, processor, store, rows, n: int, batch_size: int = 8, **generate_kwargs):
-    """Of each image's n candidates (`candidates_of`): captions, and the parts of their scores as arrays (images, n)."""
-    captions, parts = [], []
-    for start in tqdm(range(0, len(rows), batch_size), desc="candidates"):
-        encoding = model.encode_image(vision_hidden_states=store.batch(rows[start : start + batch_size]))
-        sequences, scored = candidates_of(model, encoding, n, **generate_kwargs)
-        texts = processor.captions(sequences)
-        captions += [texts[i : i + n] for i in range(0, len(texts), n)]
-        parts.append(model.candidate_parts(encoding, sequences, SIMILARITIES, scored))
-    return captions, {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+    """Of each image's n candidates (`candidates_of`): captions, and the parts of their scores as arrays (images, n). Under `accelerate launch`
+    as `caption_rows`."""
+
+    def of_rows(rows: Sequence[int]) -> list[tuple[list[str], dict[str, np.ndarray]]]:
+        candidates = []
+        for start in tqdm(range(0, len(rows), batch_size), desc="candidates"):
+            features = store.batch(rows[start : start + batch_size]).to(model.device)
+            encoding = model.encode_image(vision_hidden_states=features)
+            sequences, scored = candidates_of(model, encoding, n, **generate_kwargs)
+            texts = processor.captions(sequences)
+            parts = model.candidate_parts(encoding, sequences, SIMILARITIES, scored)
+            parts = {name: part.cpu().numpy() for name, part in parts.items()}
+            for i in range(len(features)):
+                candidates.append((texts[i * n : i * n + n], {name: part[i] for name, part in parts.items()}))
+        return candidates
+
+    captions, parts = zip(*once_each(of_rows, rows))
+    return list(captions), {name: np.stack([of_image[name] for of_image in parts]) for name in parts[0]}
 
 
 def chosen_by_rerank(parts: dict[str, np.ndarray], settings: DecodingSettings) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from torch.distributed.nn.functional import all_gather
 
@@ -44,6 +44,11 @@ class JSONAccelerator(Accelerator):
 def on_several_cpus() -> bool:
     """Whether several processes run on CPUs: not told, Accelerate takes each for the only one."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+
+
+def own_processes() -> PartialState:
+    """This process among all of them. Its `device` is where a stage computes: the accelerator, or a CPU where there is none."""
+    return PartialState(cpu=on_several_cpus())
 
 
 def new_accelerator(seed: int) -> Accelerator:

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from modeling_blip_rbm import BlipRBMConfig, BlipRBMForConditionalGeneration
 from modeling_blip_rbm.vision_blip_rbm import vision_tokens
 from training.lib.checkpoints import write_array
+from training.lib.distributed import own_processes
 from training.lib.features import cache_features, tower_fingerprint
 
 
@@ -41,7 +42,8 @@ def states_of_blank(tower, image_processor):
     """What a tower says of an image without content, (1, N, C) or a feature map: for its shape, as the processor's size
     need not be the one that the tower was trained on."""
     image = np.zeros((32, 32, 3), np.uint8)
-    return tower(image_processor(image, return_tensors="pt")["pixel_values"]).last_hidden_state
+    pixel_values = image_processor(image, return_tensors="pt")["pixel_values"]
+    return tower(pixel_values.to(next(tower.parameters()).device)).last_hidden_state
 
 
 class LayersOfTower(torch.nn.Module):
@@ -76,7 +78,7 @@ class VisionEncoder:
         wanted = [int(layer) for layer in layers.split(",")] if layers else []
         if wanted:
             self.tower = LayersOfTower(self.tower, wanted)
-        self.tower.eval().requires_grad_(False)
+        self.tower.eval().requires_grad_(False).to(own_processes().device)
         states = states_of_blank(self.tower, self.image_processor)
         self.pooling = "mean" if states.dim() == 4 else "cls_mean"
         width = vision_tokens(BaseModelOutput(states)).shape[-1]
@@ -105,6 +107,7 @@ class TextEncoder:
         self.name = Path(name).name
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.model = AutoModel.from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False)
+        self.model.to(own_processes().device)
 
     @torch.no_grad()
     def embed(self, captions: list[str], cache_dir: str | Path, batch_size: int = 128) -> np.ndarray:
@@ -118,8 +121,9 @@ class TextEncoder:
             for start in tqdm(range(0, len(captions), batch_size), desc=f"encode {len(captions)} captions"):
                 rows = order[start : start + batch_size]
                 batch = self.tokenizer([captions[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
+                batch = batch.to(self.model.device)
                 states = self.model(**batch).last_hidden_state
                 mask = batch["attention_mask"][..., None]
-                embeddings[rows] = ((states * mask).sum(1) / mask.sum(1)).half().numpy()
+                embeddings[rows] = ((states * mask).sum(1) / mask.sum(1)).half().cpu().numpy()
             write_array(file, embeddings)
         return np.load(file, mmap_mode="r")

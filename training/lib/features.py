@@ -32,6 +32,7 @@ from modeling_blip_rbm.vision_blip_rbm import pool_tokens
 from training.lib.arguments import bf16_is_fast
 from training.lib.checkpoints import checksum, whole_file, write_json
 from training.lib.data import image_view, images_fingerprint
+from training.lib.distributed import own_processes
 from training.lib.mixture import DataSource, image_sources, join_parts, without_excluded
 from training.lib.pairs import PairStream, load_pairs, read_pairs
 
@@ -389,7 +390,7 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "auto"), default="float32")
     parser.add_argument("--pooling", choices=("mean", "cls_mean", "mean_max"), help="keep the pooled image only")
     args = parser.parse_args()
-    tower, processor = load_vision_model(args.vision), load_image_processor(args.vision)
+    tower, processor = load_vision_model(args.vision).to(own_processes().device), load_image_processor(args.vision)
     dataset = load_pairs(args.dataset, args.split)
     settings = {"dtype": args.dtype, "pooling": args.pooling}
     store = cache_features(tower, processor, dataset, args.cache_dir, args.views, args.batch_size, **settings)

@@ -60,7 +60,9 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
             )
         image_embeds, image_mask = self.embeds_of(pixel_values, vision_hidden_states, labels), None
         if self.training and self.token_dropout:
-            hidden_words = (torch.rand(input_ids.shape) < self.token_dropout) & (position_ids > 0)
+            hidden_words = (torch.rand(input_ids.shape, device=input_ids.device) < self.token_dropout) & (
+                position_ids > 0
+            )
             input_ids = input_ids.masked_fill(hidden_words, self.mask_token_id)
         if self.training and image_embeds is not None:
             image_mask = self.seen_tokens(*image_embeds.shape[:2])
@@ -100,9 +102,9 @@ class PackedCaptioner(BlipRBMForConditionalGeneration):
         a tenth, but all class tokens, so that it learns to read those."""
         if not self.image_token_dropout and not self.dim_images:
             return None
-        dropped = torch.full((rows, 1), self.image_token_dropout)
-        dropped[torch.rand(rows) < self.dim_images] = 0.9
-        seen = torch.rand(rows, tokens) >= dropped
+        dropped = torch.full((rows, 1), self.image_token_dropout, device=self.device)
+        dropped[torch.rand(rows, device=self.device) < self.dim_images] = 0.9
+        seen = torch.rand(rows, tokens, device=self.device) >= dropped
         if self.class_tokens is not None:
             seen[:, -self.class_tokens.k :] = True
         return seen.long()
@@ -124,7 +126,7 @@ def packed_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     length = segments.shape[1]
     sees = segments[:, :, None] == segments[:, None, :]
     sees = sees & torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
 
 class PackedCaptions(torch.utils.data.Dataset):

@@ -11,14 +11,15 @@ def average_precision(prob: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """(n,) average precision of each row's ranking: prob, target (n, K). Rows without a target have 0."""
     order = prob.argsort(1, descending=True)
     hits = target.gather(1, order).float()
-    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
+    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1, device=hits.device)
     return (precision * hits).sum(1) / hits.sum(1).clamp(min=1)
 
 
 @torch.no_grad()
 def image_inputs(rbm, store, rows, view: int = 0, size: int = 256) -> torch.Tensor:
-    """a (n, H), the hidden input of these rows of a `FeatureStore`, a few rows at a time: tokens of all fill no memory."""
-    parts = [rbm(store.batch(rows[start : start + size], view)) for start in range(0, len(rows), size)]
+    """a (n, H), the hidden input of these rows of a `FeatureStore`, where the RBM is, a few rows at a time: tokens of all fill no memory."""
+    device = rbm.hidden_bias.device
+    parts = [rbm(store.batch(rows[start : start + size], view).to(device)) for start in range(0, len(rows), size)]
     return torch.cat(parts) if parts else rbm.hidden_bias.new_zeros(0, rbm.hidden_size)
 
 
@@ -35,12 +36,12 @@ def evaluate_rbm(rbm, features: torch.Tensor, words: list[torch.Tensor]) -> dict
         to compare with `per_word_ap_chance`; `dead`, `saturated`: shares of hidden units whose mean activity is below
         0.01, above 0.99.
     """
-    p = rbm.parameters_fp32
-    a = torch.cat([rbm(part) for part in features.split(256)])
-    owner = torch.tensor([i for i, of_image in enumerate(words) for _ in of_image])
-    w = torch.cat([of_image.float() for of_image in words])
+    p, device = rbm.parameters_fp32, rbm.hidden_bias.device
+    a = torch.cat([rbm(part.to(device)) for part in features.split(256)])
+    owner = torch.tensor([i for i, of_image in enumerate(words) for _ in of_image], device=device)
+    w = torch.cat([of_image.float() for of_image in words]).to(device)
     scores = pairwise_mutual_information(p, a, w)  # (n, captions)
-    target = torch.stack([of_image.any(0) for of_image in words])
+    target = torch.stack([of_image.any(0) for of_image in words]).to(device)
     prob = torch.sigmoid(p.b + word_gains(p, a, order="second"))
     q = torch.sigmoid(a).mean(0)
     said = target.any(0)
@@ -54,13 +55,14 @@ def evaluate_rbm(rbm, features: torch.Tensor, words: list[torch.Tensor]) -> dict
 
 
 def _first_captions(rbm, pairs):
-    features, words = pairs
-    return rbm.standardise(features), torch.stack([of_image[0].float() for of_image in words])
+    (features, words), device = pairs, rbm.hidden_bias.device
+    return rbm.standardise(features.to(device)), torch.stack([of_image[0].float() for of_image in words]).to(device)
 
 
 def _mean_free_energy(rbm, pairs, size: int = 256) -> float:
-    x, w = _first_captions(rbm, pairs)
-    return torch.cat([rbm.free_energy(*part) for part in zip(x.split(size), w.split(size))]).mean().item()
+    features, words = pairs
+    parts = [_first_captions(rbm, (features[i : i + size], words[i : i + size])) for i in range(0, len(words), size)]
+    return torch.cat([rbm.free_energy(*part) for part in parts]).mean().item()
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ def ranks(similarity: torch.Tensor, owner: torch.Tensor) -> tuple[torch.Tensor, 
     Args:
         similarity (n, m) of n images and m captions. owner (m,): the image of each caption.
     """
-    own = owner[None] == torch.arange(len(similarity))[:, None]
+    images, captions = (torch.arange(length, device=owner.device) for length in similarity.shape)
+    own = owner[None] == images[:, None]
     best_own = similarity.masked_fill(~own, float("-inf")).amax(1, keepdim=True)
     rank_of_caption = (similarity.masked_fill(own, float("-inf")) > best_own).sum(1)
-    return rank_of_caption, (similarity > similarity[owner, torch.arange(len(owner))]).sum(0)
+    return rank_of_caption, (similarity > similarity[owner, captions]).sum(0)
 
 
 def recalls(similarity: torch.Tensor, owner: torch.Tensor) -> dict[str, float]:
