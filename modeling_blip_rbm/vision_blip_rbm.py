@@ -166,8 +166,10 @@ class RBMLayer(nn.Module):
         return self.refine(image_embeds, hidden_input, places), hidden_input
 
     def changes_images(self) -> bool:
-        """Whether refine may differ from the identity: the gate is open, or is being trained."""
-        return (self.gate.requires_grad and torch.is_grad_enabled()) or self.gate_is_open()
+        """Whether refine may differ from the identity: the gate is open, is being trained, or cannot be read for nothing."""
+        if self.gate.device.type != "cpu" or torch.compiler.is_compiling():
+            return True
+        return (self.gate.requires_grad and torch.is_grad_enabled()) or bool(self.gate != 0)
 
     def hidden_input(self, tokens: torch.Tensor) -> torch.Tensor:  # (B, N, C) -> a (B, H)
         return self.rbm(pool_tokens(tokens, self.pooling))

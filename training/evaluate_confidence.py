@@ -123,10 +123,15 @@ def other_photographs(args) -> dict[str, list[Image.Image]]:
     """Photographs of each of `--other_photographs`, as many as of any kind, by what the table calls them.
 
     Raises:
-        ValueError: if a data set has too few.
+        ValueError: if a data set has too few, or the name of another.
     """
-    photographs = {}
+    photographs, names = {}, {Path(args.dataset).name}
     for path in args.other_photographs:
+        if Path(path).name in names:
+            raise ValueError(
+                f"--other_photographs {path}: the table has a data set of that name already: leave it out, or rename it"
+            )
+        names.add(Path(path).name)
         dataset = load_pairs(path, args.split)
         if len(dataset) < args.kind_images:
             raise ValueError(f"{path} has {len(dataset)} images: give --kind_images {len(dataset)}, or less")
@@ -151,15 +156,15 @@ def training_images(args, model, processor, train: Dataset) -> TrainingImages:
     return TrainingImages(np.stack([store.view(row, 0) for row in range(len(store))]).astype(np.float32))
 
 
-def unlike_images(args, model, processor, train, photographs, inside: dict[str, np.ndarray]) -> dict:
+def unlike_images(args, model, processor, train, photographs, others, inside: dict[str, np.ndarray]) -> dict:
     """How well each score tells images of other kinds from photographs, see `training/lib/outliers.py`.
 
     Args:
-        train: images to which the controls compare. photographs: to be spoiled. inside: what was seen (`looked_at`) of others.
+        train: images to which the controls compare. photographs: to be spoiled. others: of `other_photographs`.
+        inside: what was seen (`looked_at`) of photographs that are not among these.
     """
     training, tower = training_images(args, model, processor, train), fast_tower(model.vision_model)
-    unlike, others = made_images(args.kind_images, args.seed), other_photographs(args)
-    unlike |= spoiled_images(photographs, args.seed)
+    unlike = made_images(args.kind_images, args.seed) | spoiled_images(photographs, args.seed)
     scores = {}
     for kind, images in tqdm((unlike | others).items(), desc="images of other kinds"):
         parts = (images[start : start + args.batch_size] for start in range(0, len(images), args.batch_size))
@@ -198,7 +203,7 @@ def plot(result: dict, path: Path):
     values = np.array([[one["auc"] for one in of_kinds.values()] for of_kinds in measured.values()])
     right.imshow(values, cmap="RdBu", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        colour = "white" if abs(value - 0.5) > 0.35 else "black"
+        colour = "white" if abs(value - 0.5) > 0.3 else "black"
         right.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     right.set_xticks(range(values.shape[1]), next(iter(measured.values())), rotation=40, ha="right")
     right.set_yticks(range(len(measured)), measured)
@@ -219,6 +224,7 @@ def main():
         raise ValueError(
             f"--kind_images {args.kind_images} leaves none of the {len(unseen)} images of {args.split} to compare with: give less"
         )
+    others = other_photographs(args)
 
     parts = {}
     for name, dataset in (("fit", train.select(held_back)), ("test", unseen)):
@@ -245,7 +251,7 @@ def main():
         "images": len(unseen),
         "weights": dict(zip(("bias", "log_prob_per_token", "pmi"), weights)),
         "confidence": measure_confidence(prob, right, cider),
-        "unlike": unlike_images(args, model, processor, train.select(trained_on), photographs, seen),
+        "unlike": unlike_images(args, model, processor, train.select(trained_on), photographs, others, seen),
     }
     if not processes.is_main_process:
         return

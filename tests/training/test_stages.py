@@ -246,19 +246,23 @@ def test_confidence(work, tuned, data, pairs):
         captions = [rows[(i + 1) % len(rows) if i % 3 == 0 else i]["captions"] for i in range(len(rows))]
         rows.remove_columns("captions").add_column("captions", captions).to_parquet(work / "wrong" / f"{split}.parquet")
     command = ["--model", "tuned", "--dataset", "wrong", "--output", "confidence.json", "--held_back", 16]
-    in_process(
-        "evaluate_confidence", *command, "--kind_images", 3, *data[-2:], "--other_photographs", "wrong", cwd=work
-    )
+    command += ["--kind_images", 3, *data[-2:], "--also_trained_on", pairs]
+    in_process("evaluate_confidence", *command, "--other_photographs", pairs, cwd=work)
     confidence = json.loads((work / "confidence.json").read_text())
-    unlike = confidence["unlike"]
-    assert (
-        unlike["images"] == {"inside": 5, "of_a_kind": 3, "compared_to": 8 + 24} and (work / "confidence.png").exists()
-    )
+    unlike, names = confidence["unlike"], [f"photographs of {name}" for name in ("wrong", pairs.name)]
+    assert unlike["images"] == {"inside": 5, "of_a_kind": 3, "compared_to": 8 + 24}
+    assert (work / "confidence.png").exists()
     for of_kinds in unlike["auc"].values():
-        assert len(of_kinds) == 13 and list(of_kinds)[-1] == "photographs of wrong"
-    assert list(unlike["mean"]) == [unlike["inside"], "photographs of wrong"]
+        assert len(of_kinds) == 13 and list(of_kinds)[-1] == names[1]
+    assert list(unlike["mean"]) == names and unlike["inside"] == names[0] and unlike["sorted_by"] == "free energy"
     weights = json.loads((tuned / "config.json").read_text())["rbm_confidence"]
     assert weights == pytest.approx(list(confidence["weights"].values()))
+    for flags, message in (
+        (["--kind_images", 8], "leaves none of the 8 images"),
+        (["--other_photographs", "wrong"], "of that name already"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            in_process("evaluate_confidence", *command, *flags, cwd=work)
 
 
 def test_diversity(work, tuned, data, pairs):
