@@ -248,11 +248,12 @@ def unlike_summary(unlike: dict) -> str:
         low, high = mean["difference"][best]["low"], mean["difference"][best]["high"]
         verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
         parts.append(
-            f"against {photographs} {auc_interval(aucs[ours])} ({other} {aucs[other]['auc']:.2f}), and of the scores that need no RBM "
-            f"{best} has most, {auc_interval(aucs[best])} ({verdict})"
+            f"against {photographs} {auc_interval(aucs[ours])} ({other} {aucs[other]['auc']:.2f}) and {auc_interval(aucs[best])} "
+            f"({best}: {verdict})"
         )
     kinds = len(next(iter(unlike["auc"].values()))) + 1 - len(unlike["mean"])
-    return f"Mean AUC of the {ours} over {kinds} kinds of unlike images (0.5 as by chance): {'; '.join(parts)}."
+    said = f"Mean AUC over {kinds} kinds of unlike images (0.5 as by chance) of the {ours}, and of the best score that needs no RBM"
+    return f"{said}: {'; '.join(parts)}."
 
 
 def speed_block() -> str:
@@ -458,6 +459,7 @@ def blocks() -> dict[str, str]:
         "confidence": confidence_block(),
         "unlike": unlike_block(unlike),
         "unlike-summary": unlike_summary(unlike),
+        "unlike-pooled": unlike_summary(read(f"{BENCHMARKS}/confidence_0.1.0.json")["unlike"]),
         "speed": speed_block(),
         "int8": int8_block(),
         "training": training_block(),
