@@ -69,7 +69,7 @@ class BlipRBMPreTrainedModel(ImageEnergies, WordMaps, BlipPreTrainedModel):
     _supports_sdpa = True
     # of fp16, of bf16 too: energies are differences of large sums
     _keep_in_fp32_modules = _keep_in_fp32_modules_strict = ["rbm_layer"]
-    _no_split_modules = "BlipEncoderLayer BlipTextEmbeddings BlipTextLayer RBMLayer VisionProjector ClassTokens".split()
+    _no_split_modules = "BlipVisionEmbeddings BlipEncoderLayer BlipTextEmbeddings BlipTextLayer RBMLayer VisionProjector ClassTokens".split()
 
     @torch.no_grad()
     def _init_weights(self, module):

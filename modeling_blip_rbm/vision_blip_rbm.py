@@ -228,7 +228,10 @@ class ImageEnergies:
     def _free_energy(self, tokens: torch.Tensor) -> torch.Tensor:
         rbm = self.rbm_layer.rbm
         with weights_here(rbm):
-            return rbm.free_energy(rbm.standardise(pool_tokens(tokens, self.config.rbm_pooling)))
+            pooled = pool_tokens(tokens, self.config.rbm_pooling)
+            return rbm.free_energy(
+                rbm.standardise(pooled.to(rbm.hidden_bias.device))
+            )  # no hook of Accelerate's sees this
 
 
 class WordMaps:
@@ -261,7 +264,7 @@ class WordMaps:
         with weights_here(rbm):
             p = rbm.parameters_fp32
             U = p.U[[config.rbm_word_ids.index(i) for i in words]] if words else p.c.new_zeros(0, len(p.c))
-            return token_word_map(p, token_input(p, rbm.standardise(tokens)), U)
+            return token_word_map(p, token_input(p, rbm.standardise(tokens.to(p.c.device))), U)
 
 
 def is_waited_for(tensor: torch.Tensor) -> bool:
