@@ -17,7 +17,7 @@ Writes `--output`, and a picture beside it.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from modeling_blip_rbm.inference_blip_rbm import fast_tower, image_tokens
 from training.lib.arguments import MeasureArguments, parse_arguments
 from training.lib.checkpoints import write_json
 from training.lib.data import split_held_back
-from training.lib.distributed import own_processes
+from training.lib.distributed import once_each, own_processes
 from training.lib.features import FeatureStore, cache_features
 from training.lib.metrics import CiderD
 from training.lib.outliers import TrainingImages, all_scores, aucs, means, model_scores
@@ -79,17 +79,29 @@ def human_cider(references: list[list[str]]) -> np.ndarray:
 
 
 @torch.no_grad()
-def looked_at(model, processor, batches: Iterable[torch.Tensor]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Captions as the model writes them; "evidence" (n, 2), log P per token and PMI, and what `model_scores` gives. `batches`: tokens (B, N, C)."""
-    captions, seen = [], []
-    for tokens in tqdm(batches, desc="caption", leave=False):
-        tokens = tokens.to(model.device)
-        encoding = model.encode_image(vision_hidden_states=tokens)
-        sequences = model.generate(encoding=encoding)
-        captions += processor.captions(sequences)
-        evidence = {"evidence": model.caption_evidence(encoding, sequences)}
-        seen.append(evidence | model_scores(model, tokens, encoding.hidden_input))
-    return captions, {name: torch.cat([one[name] for one in seen]).cpu().numpy() for name in seen[0]}
+def looked_at(model, processor, tokens_of: Callable, images: Sequence, batch_size: int):
+    """Captions of images as the model writes them, and by name, (n, ...): "evidence", log P per token and PMI, and what `model_scores` gives.
+    Under `accelerate launch` as `caption_rows`.
+
+    Args:
+        tokens_of: gives the tokens (B, N, C) of some of the images.
+    """
+
+    def of_images(images: Sequence) -> list[tuple[str, dict[str, np.ndarray]]]:
+        found = []
+        for start in tqdm(range(0, len(images), batch_size), desc="caption", leave=False):
+            tokens = tokens_of(images[start : start + batch_size]).to(model.device)
+            encoding = model.encode_image(vision_hidden_states=tokens)
+            sequences = model.generate(encoding=encoding)
+            seen = {"evidence": model.caption_evidence(encoding, sequences)}
+            seen |= model_scores(model, tokens, encoding.hidden_input)
+            seen = {name: values.cpu().numpy() for name, values in seen.items()}
+            for i, caption in enumerate(processor.captions(sequences)):
+                found.append((caption, {name: values[i] for name, values in seen.items()}))
+        return found
+
+    captions, seen = zip(*once_each(of_images, images))
+    return list(captions), {name: np.stack([of_image[name] for of_image in seen]) for name in seen[0]}
 
 
 def expected_calibration_error(prob, right, bins: int = 10) -> float:
@@ -165,11 +177,12 @@ def unlike_images(args, model, processor, train, photographs, others, inside: di
     """
     training, tower = training_images(args, model, processor, train), fast_tower(model.vision_model)
     unlike = made_images(args.kind_images, args.seed) | spoiled_images(photographs, args.seed)
+    encode = lambda images: image_tokens(tower, processor(images=images)["pixel_values"].to(model.device))
     scores = {}
     for kind, images in tqdm((unlike | others).items(), desc="images of other kinds"):
-        parts = (images[start : start + args.batch_size] for start in range(0, len(images), args.batch_size))
-        batches = (image_tokens(tower, processor(images=part)["pixel_values"].to(model.device)) for part in parts)
-        scores[kind] = all_scores(looked_at(model, processor, batches)[1], training, model.confidence)
+        scores[kind] = all_scores(
+            looked_at(model, processor, encode, images, args.batch_size)[1], training, model.confidence
+        )
     inside = all_scores(inside, training, model.confidence)
     sorted_by = "relative free energy" if model.rbm_layer.rbm.tokens else "free energy"  # `image_energy`
     ours = f"photographs of {Path(args.dataset).name}"
@@ -231,9 +244,7 @@ def main():
         references = dataset["captions"][:]
         with processes.main_process_first():  # the others find what it has encoded
             store = cache_features(model.vision_model, processor.image_processor, dataset, args.cache_dir)
-        starts = range(0, len(dataset), args.batch_size)
-        batches = (store.batch(range(start, min(start + args.batch_size, len(dataset)))) for start in starts)
-        captions, seen = looked_at(model, processor, batches)
+        captions, seen = looked_at(model, processor, store.batch, range(len(dataset)), args.batch_size)
         cider = CiderD(references).scores(captions)
         parts[name] = seen, cider, cider >= np.median(human_cider(references))
     seen, _, right = parts["fit"]

@@ -15,8 +15,9 @@ from accelerate.state import DistributedType
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
 from tests.conftest import VOCABULARY, randomise, tiny_config
+from training.evaluate_confidence import looked_at
 from training.lib import distributed
-from training.lib.captions import caption_rows
+from training.lib.captions import candidate_parts, caption_rows
 
 
 STEPS, BATCH, IMAGES = 4, 6, 7
@@ -76,15 +77,19 @@ class Words:
 
 
 def captions(processes) -> dict:
-    """Captions of all images and of the first alone, and in how many processes each was looked at."""
+    """Captions, candidates and evidence of all images, captions of the first alone, and in how many processes each was looked at."""
     torch.manual_seed(0)
     model = randomise(BlipRBMForConditionalGeneration(tiny_config()))
     store = Store(model.config.vision_config.hidden_size)
     settings = {"num_beams": 3, "max_new_tokens": 7, "min_new_tokens": 7, "batch_size": 2}
     written = caption_rows(model, Words(), store, range(IMAGES), **settings)
     first = caption_rows(model, Words(), store, range(1), **settings)
+    candidates, parts = candidate_parts(model, Words(), store, range(IMAGES), 3, 2, max_new_tokens=7)
+    looked, evidence = looked_at(model, Words(), store.batch, range(IMAGES), 2)
     seen = torch.bincount(torch.tensor(store.seen, dtype=torch.long), minlength=IMAGES)
-    return {"all": written, "first": first, "seen": processes.reduce(seen).tolist()}
+    numbers = [*parts["log_prob"].flatten().tolist(), *evidence["evidence"].flatten().tolist()]
+    texts = {"all": written, "first": first, "candidates": candidates, "looked at": looked}
+    return texts | {"numbers": numbers, "seen": processes.reduce(seen).tolist()}
 
 
 def main():
