@@ -54,7 +54,9 @@ class OtherTensor(torch.Tensor):
         return memo.setdefault(id(self), copied)
 
     def data_ptr(self):
-        return self.here.data_ptr()
+        return self.here.data_ptr() + (
+            (1 + self.device.index) << 60
+        )  # no address of the host's, by which Accelerate knows ties
 
     def untyped_storage(self):
         return self.here.untyped_storage()
@@ -103,9 +105,11 @@ class OtherDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = computed(function, args, kwargs or {})
-        is_there = isinstance(result, OtherTensor)
+        is_there = any(
+            isinstance(one, OtherTensor) for one in (result if isinstance(result, (list, tuple)) else [result])
+        )
         self.operations += is_there
-        self.reads += not is_there and any(isinstance(arg, OtherTensor) for arg in args)
+        self.reads += not is_there and result is not None and any(isinstance(arg, OtherTensor) for arg in args)
         return result
 
 

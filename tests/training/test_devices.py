@@ -10,6 +10,7 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 
 from modeling_blip_rbm import BlipRBMForConditionalGeneration
+from modeling_blip_rbm.inference_blip_rbm import may_be_fast
 from tests.conftest import randomise, tiny_config
 from tests.other_device import DEVICE, other_device
 from tests.stages import in_process
@@ -210,3 +211,29 @@ def test_what_holds_weights_of_its_own_is_not_split(model, part):
     plan = automatic(part)(model)
     names = {name for name, _ in model.named_modules()}
     assert set(plan) <= names
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rbm_guidance": 0.7, "num_beams": 3},
+        {"rbm_guidance": 0.7, "rbm_rerank": True, "rbm_guidance_order": "second"},
+        {"rbm_guidance": 0.7, "rbm_rerank": True, "do_sample": True},
+        {"rbm_diversity": 3.0, "num_return_sequences": 3, "cache_implementation": "static"},
+    ],
+)
+def test_the_fast_path_on_another_device(model, pixel_values, settings):
+    """The captions of a CPU, and the host reads one number a step: transformers asks whether all captions have ended."""
+    torch.manual_seed(3)
+    expected, reads = model.generate(pixel_values, max_new_tokens=7, min_new_tokens=7, **settings), {}
+    with other_device() as there, torch.no_grad():
+        model.to(DEVICE)
+        images = pixel_values.to(DEVICE)
+        assert may_be_fast(model)
+        for steps in (7, 13):
+            torch.manual_seed(3)
+            before = there.reads
+            captions = model.generate(images, max_new_tokens=steps, min_new_tokens=steps, **settings)
+            reads[steps] = there.reads - before
+            assert steps == 13 or torch.equal(captions.cpu(), expected)
+    assert reads[13] - reads[7] == 13 - 7
