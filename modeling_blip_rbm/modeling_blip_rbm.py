@@ -495,7 +495,7 @@ class BlipRBMRetrievalOutput(ModelOutput):
     match_probability: Optional[torch.FloatTensor] = None  # (B, M) chance that the text was written for the image
     image_free_energy: Optional[torch.FloatTensor] = None  # (B,) F(x), nats
     image_relative_free_energy: Optional[torch.FloatTensor] = (
-        None  # (B,) F(x) - F_0(x): high where the RBM finds few causes
+        None  # (B,) F(x) - F_0(x): high where there are few causes
     )
 
 

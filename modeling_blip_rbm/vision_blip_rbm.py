@@ -229,9 +229,8 @@ class ImageEnergies:
         rbm = self.rbm_layer.rbm
         with weights_here(rbm):
             pooled = pool_tokens(tokens, self.config.rbm_pooling)
-            return rbm.free_energy(
-                rbm.standardise(pooled.to(rbm.hidden_bias.device))
-            )  # no hook of Accelerate's sees this
+            pooled = pooled.to(rbm.hidden_bias.device)  # no hook of Accelerate's sees this
+            return rbm.free_energy(rbm.standardise(pooled))
 
 
 class WordMaps:

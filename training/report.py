@@ -25,12 +25,14 @@ DOCUMENTS = (
     "docs/performance.md",
     "docs/rbm.md",
     "docs/alignment.md",
+    "experiments/mlp_adapter/README.md",
 )
 MEASURES = {"CIDEr-D": ".1f", "BLEU-4": ".1f", "ROUGE-L": ".1f", "METEOR": ".1f", "vocabulary": ".0f", "novel": ".2f"}
 # Data sets on which the embedded model is measured, `benchmarks/results/captions_NAME.json`; captions_old_NAME.json, and of
 # Flickr8k captions_seed_0.json: the embedded model of 0.1.0, whose captioner saw Flickr8k alone.
 WORLDS = {"flickr8k": "Flickr8k", "web": "web photographs", "coco": "COCO, no image of it trained on"}
 CONTROLS = "experiments/controls/controls.json"
+ADAPTER = "experiments/mlp_adapter"
 WORLD_MEASURES = {name: form for name, form in MEASURES.items() if name != "novel"} | {
     "CHAIR-i": ".1f",
     "CHAIR-s": ".1f",
@@ -53,8 +55,9 @@ def measures(system: dict, forms: dict[str, str] = MEASURES) -> list[str]:
     return [format(system[name], form) if name in system else "" for name, form in forms.items()]
 
 
-def interval(entry: dict) -> str:
-    return f"{entry['difference']:+.1f} [{entry['low']:+.1f}, {entry['high']:+.1f}]"
+def interval(entry: dict, scale: float = 1, form: str = "+.1f") -> str:
+    """A difference and its interval, `scale` times what the results file has."""
+    return "{} [{}, {}]".format(*(format(scale * entry[key], form) for key in ("difference", "low", "high")))
 
 
 def systems_table(results: dict, names: dict) -> str:
@@ -186,6 +189,33 @@ def control_block(file: str = CONTROLS) -> str:
     return (
         f"The best control ({best}) is {interval(together[best]['minus_blip']['CIDEr-D'])} CIDEr-D above BLIP on the three kinds of photographs "
         f"together, BLIP-RBM {interval(together[ours]['minus_blip']['CIDEr-D'])}. BLIP-RBM minus the control is {interval(difference)}: {verdict}."
+    )
+
+
+def refine_entries() -> dict[str, dict]:
+    """What was measured on held-back images of the captioner without refine, with it, and with an MLP in its place."""
+    files = {
+        "without": f"{CHECKPOINT}/captioner.json",
+        "refine": f"{ADAPTER}/refine.json",
+        "MLP": f"{ADAPTER}/mlp.json",
+    }
+    return {name: max(read(file)["held_back"], key=lambda entry: entry["eval_cider"]) for name, file in files.items()}
+
+
+def refine_block() -> str:
+    header = ["CIDEr-D, 1,000 held-back images", "Flickr8k", "web photographs", "all", "vocabulary"]
+    rows = [
+        [name, *(f"{entry[f'eval_cider{part}']:.1f}" for part in ("_0", "_1", "")), f"{entry['eval_vocabulary']:.0f}"]
+        for name, entry in refine_entries().items()
+    ]
+    return table(header, rows)
+
+
+def refine_sentence() -> str:
+    ciders = {name: entry["eval_cider"] for name, entry in refine_entries().items()}
+    return (
+        f"CIDEr-D of held-back images is {ciders['refine']:.1f} with it, {ciders['without']:.1f} without, and {ciders['MLP']:.1f} with an MLP of as many "
+        "parameters in its place"
     )
 
 
@@ -455,6 +485,8 @@ def blocks() -> dict[str, str]:
         "worlds_cider": worlds_cider_block(),
         "controls": controls_block(),
         "control": control_block(),
+        "refine": refine_block(),
+        "refine-sentence": refine_sentence(),
         "diversity": diversity_block(),
         "confidence": confidence_block(),
         "unlike": unlike_block(unlike),

@@ -4,8 +4,7 @@
 
 Every number here is of held-back *training* images; no validation image is looked at. In this order:
 
-1. plain BLIP: how much of the words' log frequency is taken off the output bias (logit adjustment, Menon et al., ICLR
-2021,
+1. plain BLIP: how much of the words' log frequency is taken off the output bias (logit adjustment, Menon et al., ICLR 2021,
    arXiv 2007.07314), the repetition penalty and beam search's length penalty. Of the settings whose CIDEr-D is within
    `tolerance` of the best, and BLEU-4 within `bleu_tolerance`, the one with the largest vocabulary: variety where it
    costs little. They become part of plain BLIP, the baseline.

@@ -28,7 +28,7 @@ from training.evaluate_captions import differences, per_image, summary
 from training.fit_phrases import choose_phrases, fit, mean_vectors, words_of
 from training.lib.arguments import DataArguments, parse_arguments
 from training.lib.captions import candidates_of, caption_rows
-from training.lib.checkpoints import write_json
+from training.lib.checkpoints import whole_file, write_json
 from training.lib.data import caption_words, fold_of, split_held_back
 from training.lib.decoding_rule import Choices, simplest_rule
 from training.lib.features import cache_features, load_features
@@ -37,13 +37,8 @@ from training.lib.pairs import load_pairs
 from training.lib.stage import run_stage
 
 
-RIDGES = (
-    0.03,
-    0.1,
-    0.3,
-    1.0,
-    3.0,
-)  # shares of the features' mean variance; chosen on held-back images for each stand-in
+# Shares of the features' mean variance; chosen on held-back images for each stand-in.
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 HELD_BACK = "held back"
 
 
@@ -175,14 +170,8 @@ class Comparison:
     def __init__(
         self, model, processor, train: Images, sets: dict[str, Images], fold: np.ndarray, args: ControlArguments
     ):
-        self.model, self.processor, self.train, self.sets, self.fold, self.args = (
-            model,
-            processor,
-            train,
-            sets,
-            fold,
-            args,
-        )
+        self.model, self.processor, self.args = model, processor, args
+        self.train, self.sets, self.fold = train, sets, fold
         self.word_ids, text = model.config.rbm_word_ids, model.config.text_config
         self.vocab_size, self.columns = text.vocab_size, word_columns(self.word_ids, text.vocab_size)
         self.phrases = Phrases(processor, text, train, sets[HELD_BACK])
@@ -194,19 +183,19 @@ class Comparison:
 
     def baseline(self) -> dict[str, list[str]]:
         settings = {"rbm": False, "num_beams": self.args.num_beams}
-        return {
-            w: caption_rows(self.model, self.processor, self.sets[w].tokens, self.sets[w].rows, **settings)
-            for w in self.worlds
-        }
+        of_world = lambda images: caption_rows(self.model, self.processor, images.tokens, images.rows, **settings)
+        return {world: of_world(self.sets[world]) for world in self.worlds}
 
-    def candidates(self, of: str, by: str = "plain", gains=None, batch_size: int = 8) -> Candidates:
-        """The beams of one set of images, plain or guided by a stand-in, of the RBM itself or by these gains (n, K)."""
-        file, images = Path(self.args.work) / f"{of}-{by}.pt", self.sets[of]
-        settings = {"rbm_guidance": self.args.guidance if by == "RBM" else 0.0}
-        parts = []
-        for start in tqdm(range(0, len(images.rows), batch_size), desc=file.stem, disable=file.exists()):
-            if file.exists():
-                break
+    def candidates(self, of: str, by: str = "plain", gains=None) -> Candidates:
+        """The beams of one set of images, plain or guided by a stand-in: by the RBM itself, or by these gains (n, K)."""
+        file = Path(self.args.work) / f"{of}-{by}.pt"
+        if not file.exists():
+            self.write_candidates(file, self.sets[of], by, gains)
+        return read_candidates(file, self.processor, self.sets[of].captions)
+
+    def write_candidates(self, file: Path, images: Images, by: str, gains, batch_size: int = 8):
+        settings, parts = {"rbm_guidance": self.args.guidance if by == "RBM" else 0.0}, []
+        for start in tqdm(range(0, len(images.rows), batch_size), desc=file.stem):
             some = slice(start, start + batch_size)
             if gains is not None:
                 settings["logits_processor"] = [
@@ -215,12 +204,13 @@ class Comparison:
             encoding = self.model.encode_image(vision_hidden_states=images.tokens.batch(images.rows[some]))
             sequences, scored = candidates_of(self.model, encoding, self.args.candidates, **settings)
             parts.append([part.unflatten(0, (-1, self.args.candidates)) for part in (sequences, *scored)])
-        if parts:
-            sequences, log_prob, length = zip(*parts)
-            longest, end = max(s.shape[2] for s in sequences), self.model.config.text_config.sep_token_id
-            sequences = torch.cat([F.pad(s, (0, longest - s.shape[2]), value=end) for s in sequences])
-            write_tensors(file, sequences=sequences, log_prob=torch.cat(log_prob), length=torch.cat(length))
-        return read_candidates(file, self.processor, images.captions)
+        sequences, log_prob, length = zip(*parts)
+        longest, end = max(s.shape[2] for s in sequences), self.model.config.text_config.sep_token_id
+        sequences = torch.cat([F.pad(s, (0, longest - s.shape[2]), value=end) for s in sequences])
+        with whole_file(file) as temporary:
+            torch.save(
+                {"sequences": sequences, "log_prob": torch.cat(log_prob), "length": torch.cat(length)}, temporary
+            )
 
     def choices(self, stand_in: StandIn, predict, of: str, candidates: Candidates) -> Choices:
         """What re-rank can weigh of the candidates if this stands in the RBM's place."""
@@ -240,15 +230,12 @@ class Comparison:
         gains = lambda of: stand_in.gains(self.sets[of]) if guided and stand_in.gains else None
         choices = lambda of, by: self.choices(stand_in, predict, of, self.candidates(of, by, gains(of)))
         by, guidance = (name, self.args.guidance) if guided else ("plain", 0.0)
-        guide = {"rbm_guidance": guidance}
-        weights, rules = simplest_rule([(guide, choices(HELD_BACK, by))], self.fold, self.args.most_weights - guided)
-        said = {}
+        of_held_back = [({"rbm_guidance": guidance}, choices(HELD_BACK, by))]
+        weights, rules = simplest_rule(of_held_back, self.fold, self.args.most_weights - guided)
+        rerank, said = {n: value for n, value in weights.items() if n.startswith("rbm_rerank")}, {}
         for world in self.worlds:
-            texts, chosen = (
-                self.candidates(world, by, gains(world)).texts,
-                choices(world, by).chosen(of_rerank(weights)),
-            )
-            said[world] = [of_image[i] for of_image, i in zip(texts, chosen)]
+            texts = self.candidates(world, by, gains(world)).texts
+            said[world] = [of_image[i] for of_image, i in zip(texts, choices(world, by).chosen(rerank))]
         return said, {"weights": weights, "ridge": ridge, "rules": rules[:5]}
 
     def fitted(self, name: str):
@@ -257,16 +244,6 @@ class Comparison:
         with torch.enable_grad():
             stand_in = STAND_INS[name](self.model.rbm_layer.rbm, self.train, held, self.share)
         return stand_in, *self.phrases.predictor(stand_in, self.train, held)
-
-
-def of_rerank(weights: dict) -> dict:
-    return {name: value for name, value in weights.items() if name.startswith("rbm_rerank")}
-
-
-def write_tensors(file: Path, **tensors):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(tensors, file.with_suffix(".tmp"))
-    file.with_suffix(".tmp").replace(file)
 
 
 @torch.no_grad()

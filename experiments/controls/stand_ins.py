@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from experiments.few_pairs.systems import bias_of_activity, image_axes
 from modeling_blip_rbm.rbm import JointRBM, pointwise_mutual_information
 from modeling_blip_rbm.vision_blip_rbm import pool_tokens
+from training.lib.contrastive import info_nce
 from training.lib.data import CaptionWords
+from training.lib.rbm_objective import hidden_words_loss, shown_words
 from training.lib.retrieval import recalls
 
 
@@ -80,13 +83,9 @@ class Detector(nn.Module):
         return (self.body(x) - self.centre) @ self.weight.T
 
     def loss(self, x: torch.Tensor, w: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """`words_loss` + `match_loss` of the RBM's stage, of these gains; noise (n, 1 + K) as there."""
-        gains = self(x)
-        shown = w * (noise[:, 1:] < noise[:, :1])
-        words = F.binary_cross_entropy_with_logits(self.bias + gains, w, reduction="none")
-        scores, target = gains @ w.T, torch.arange(len(x))
-        match = 0.5 * (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))
-        return (words * (1 - shown)).sum(-1).mean() + match
+        """The two losses of the RBM's stage, words and match, of these gains; noise (n, 1 + K) as there."""
+        gains, each = self(x), torch.arange(len(x))
+        return hidden_words_loss(self.bias + gains, w, shown_words(w, noise)) + info_nce(gains @ w.T, each, each)
 
 
 def fit_detector(
@@ -169,12 +168,7 @@ def untrained_rbm(rbm: JointRBM, train: Images, held: Images, share: torch.Tenso
     random.image_weight.data = weight * rbm.image_weight.norm(dim=0) / weight.norm(dim=0)
     inputs = train.hidden_input_of(random, 0, 2000)
     wanted = torch.sigmoid(train.hidden_input[0][:2000]).mean(0)
-    low, high = torch.full_like(wanted, -30.0), torch.full_like(wanted, 30.0)
-    for _ in range(40):  # bisection
-        shift = (low + high) / 2
-        less = torch.sigmoid(inputs + shift).mean(0) < wanted
-        low, high = torch.where(less, shift, low), torch.where(less, high, shift)
-    random.hidden_bias.data += shift
+    random.hidden_bias.data += bias_of_activity(inputs, wanted)
     known = {}
 
     def causes(images: Images, view: int) -> torch.Tensor:
@@ -197,10 +191,8 @@ def linear(train: Images, held: Images, share: torch.Tensor) -> StandIn:
 
 def pca(train: Images, held: Images, share: torch.Tensor, components: int) -> StandIn:
     """The same by way of as many principal components as the RBM has causes."""
-    x = train.pooled[0]
-    values, vectors = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0)))
-    basis = vectors[:, -components:] / (values[-components:] / len(x)).sqrt().clamp(min=1e-6)
-    features = lambda images, view: images.pooled[view] @ basis
+    axes = image_axes(train.pooled[0], components)
+    features = lambda images, view: images.pooled[view] @ axes
     views = [features(train, view) for view in range(len(train.pooled))]
     detector = Detector(nn.Identity(), torch.zeros(components), share)
     return of_detector(fit_detector(detector, views, train.words, held, features(held, 0)), features)
@@ -253,8 +245,8 @@ def both(rbm: JointRBM) -> StandIn:
 
 
 def class_evidence(class_tokens, tokens_mean: torch.Tensor, word_ids: list[int], least: float = 0.01) -> torch.Tensor:
-    """(n, K) log P(word's classes | image) / P(word's classes), in nats, of the RBM's words that name classes of the tower's own head; 0 for the
-    others. `least`: probabilities are not told apart below it."""
+    """(n, K) log P(word's classes | image) less that of the mean over these images, in nats, of the RBM's words that name classes of the tower's own
+    head; 0 for the others. `least`: probabilities are not told apart below it."""
     share = class_tokens.word_probabilities(tokens_mean[:, None])
     share = torch.log((share + least) / (share.mean(0) + least))
     evidence, column = torch.zeros(len(share), len(word_ids)), {word: k for k, word in enumerate(word_ids)}

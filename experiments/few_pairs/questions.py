@@ -24,6 +24,7 @@ from experiments.few_pairs.learning import (
     tries,
 )
 from experiments.few_pairs.systems import RBM, Detector, HiddenLayer, System
+from training.lib.checkpoints import whole_file
 from training.lib.rbm_evaluation import log_likelihood
 
 
@@ -41,10 +42,9 @@ def subset(material: Material, count: int, seed: int) -> np.ndarray:
 def kept(file: Path, compute):
     """What `compute` gives, kept as arrays in `file` (.npz): a stopped run goes on from there."""
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         found = compute()
-        np.savez(file.with_suffix(".tmp.npz"), **found)
-        file.with_suffix(".tmp.npz").replace(file)
+        with whole_file(file) as temporary, temporary.open("wb") as opened:
+            np.savez(opened, **found)
     return dict(np.load(file))
 
 

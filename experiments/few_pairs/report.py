@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib
 
-from training.report import filled, table
+from training.report import filled, interval, table
 
 
 matplotlib.use("Agg")
@@ -20,11 +20,6 @@ MEASURES = {
     "text_to_image_r10": ("R@10 text to image, %", 100),
     "rerank_cider": ("CIDEr-D of re-rank", 1),
 }
-
-
-def interval(entry: dict, scale: float = 1, form: str = "+.1f") -> str:
-    values = (format(scale * entry[key], form) for key in ("difference", "low", "high"))
-    return "{} [{}, {}]".format(*values)
 
 
 def pairs_tables(results: dict) -> str:

@@ -175,6 +175,17 @@ class Axes(nn.Module):
         return x @ self.axes
 
 
+def bias_of_activity(a: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """(H,) what to add to inputs a (n, H) of hidden units, so that the mean of q over samples is `wanted` (H,). By bisection, as it rises with the
+    bias."""
+    low, high = torch.full_like(wanted, -30.0), torch.full_like(wanted, 30.0)
+    for _ in range(40):
+        bias = (low + high) / 2
+        rises = torch.sigmoid(a + bias).mean(0) < wanted
+        low, high = torch.where(rises, bias, low), torch.where(rises, high, bias)
+    return bias
+
+
 class RandomCauses(nn.Module):
     """Hidden units of an RBM with random weights, as active as those of a trained one.
 
@@ -186,13 +197,8 @@ class RandomCauses(nn.Module):
         super().__init__()
         W = torch.randn(x.shape[1], width)
         W *= activity["input_std"] / (x @ W).std(0)
-        a, low, high = x @ W, torch.full((width,), -30.0), torch.full((width,), 30.0)
-        for _ in range(40):  # bisection: the mean of q rises with the bias
-            bias = (low + high) / 2
-            rises = torch.sigmoid(a + bias).mean(0) < activity["mean"]
-            low, high = torch.where(rises, bias, low), torch.where(rises, high, bias)
         self.register_buffer("W", W)
-        self.register_buffer("c", bias)
+        self.register_buffer("c", bias_of_activity(x @ W, torch.full((width,), activity["mean"])))
 
     def forward(self, x):
         return torch.sigmoid(x @ self.W + self.c)

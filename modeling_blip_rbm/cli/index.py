@@ -79,9 +79,8 @@ class Index:
         waiting = []
 
         def read(file):
-            state = (
-                state_of(file) if os.path.exists(file) else ""
-            )  # the processor says of a link to nothing what is wrong
+            # of a link to nothing the processor says what is wrong
+            state = state_of(file) if os.path.exists(file) else ""
             return state, processor(images=file)["pixel_values"]
 
         def look_at_waiting():

@@ -3,8 +3,8 @@
 A weight that is off has the first of its values. A *rule* is a set of weights that may be on, at most `most_weights` of them. Each rule is
 judged by cross-validation over images: its values are chosen on all parts of them but one, and measured on that. Of all rules that
 are within one standard error of the best the one with the fewest weights is taken (the "one standard error" rule of Breiman, Friedman,
-Olshen & Stone, Classification and Regression Trees, 1984), and its values are then chosen on all images. A grid of
-seven weights owes a point of CIDEr-D to the images that it was chosen on.
+Olshen & Stone, Classification and Regression Trees, 1984), and its values are then chosen on all images. The more
+weights are tuned, the more their values owe to the images that they were tuned on.
 """
 
 import itertools
